@@ -1,0 +1,189 @@
+"""Batched box arithmetic that the RPN and the RoI heads share: padding, IoU, matching, sampling, coding.
+
+Boxes are xyxy in pixels of the resized image, float32. Ragged things (objects of an image, proposals) are
+padded to one length and carry a mask `valid`, so that nothing here asks the device for a data-dependent size.
+
+Letters: B images, G padded objects, A anchors (or proposals), P proposals, S samples.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+# Values that `match` gives to a box without an object, as in torchvision's Matcher.
+BACKGROUND = -1
+BETWEEN_THRESHOLDS = -2
+
+# Width and height deltas are clipped here before exp(), as in torchvision's BoxCoder.
+MAX_LOG_SCALE = math.log(1000.0 / 16)
+
+
+class Proposals(NamedTuple):
+    """Proposals of a batch, padded to one length."""
+
+    boxes: Tensor  # float32 [B, P, 4] xyxy in resized pixels; zero where not valid
+    valid: Tensor  # bool [B, P]
+
+
+class GroundTruth(NamedTuple):
+    """Annotated objects of a batch, padded to G = max(1, most objects in an image)."""
+
+    boxes: Tensor  # float32 [B, G, 4] xyxy in resized pixels; zero where not valid
+    labels: Tensor  # int64 [B, G] in 1..K; zero where not valid
+    valid: Tensor  # bool [B, G]
+
+
+def to_device(values, device, dtype=None):
+    """Copy a (nested) list of numbers to the device without waiting for it: tensor of the list's shape."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
+def pad_ground_truth(targets):
+    """Stack the objects of all images.
+
+    targets: one dict per image with boxes [N, 4] and labels [N]; N may be 0 and differ between images.
+    Returns GroundTruth on the targets' device.
+    """
+    counts = [len(target["boxes"]) for target in targets]
+    boxes = pad_sequence([target["boxes"].reshape(-1, 4).float() for target in targets], batch_first=True)
+    labels = pad_sequence([target["labels"] for target in targets], batch_first=True)
+    if max(counts) == 0:  # every image is background: one slot that is not valid keeps the shapes usable
+        boxes, labels = boxes.new_zeros(len(targets), 1, 4), labels.new_zeros(len(targets), 1)
+    slots = torch.arange(boxes.shape[1], device=boxes.device)
+    return GroundTruth(boxes, labels, slots < to_device(counts, boxes.device)[:, None])
+
+
+def area(boxes):
+    """Area of boxes [..., 4] -> [...], in square pixels."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def pairwise_iou(a, b):
+    """Intersection over union of every pair, the same numbers as torchvision.ops.box_iou.
+
+    a: float32 [..., N, 4], b: float32 [..., M, 4], leading dimensions broadcast.
+    Returns float32 [..., N, M] in 0..1 (NaN for a pair of empty boxes).
+    One coordinate at a time: a [..., N, M, 2] tensor would double the memory and break the vector loops.
+    """
+    a_x0, a_y0, a_x1, a_y1 = (c.unsqueeze(-1) for c in a.unbind(-1))
+    b_x0, b_y0, b_x1, b_y1 = (c.unsqueeze(-2) for c in b.unbind(-1))
+    intersection = (torch.minimum(a_x1, b_x1) - torch.maximum(a_x0, b_x0)).clamp_(min=0)
+    intersection *= (torch.minimum(a_y1, b_y1) - torch.maximum(a_y0, b_y0)).clamp_(min=0)
+    union = (area(a).unsqueeze(-1) + area(b).unsqueeze(-2)).sub_(intersection)
+    return intersection.div_(union)
+
+
+def match(ground_truth, boxes, high, low, allow_low_quality=False):
+    """Assign each box (anchor or proposal) to at most one object of its image.
+
+    ground_truth: GroundTruth. boxes: float32 [A, 4] shared by all images, or [B, A, 4].
+    high, low: IoU at or above `high` matches, below `low` is background, between is neither.
+    allow_low_quality: also match, to its own best object, every box that is the best (ties included) of any
+    object. Returns int64 [B, A]: index of the object, BACKGROUND or BETWEEN_THRESHOLDS. Of equal IoUs the first
+    object wins. Padded objects never match; an image without objects is all background.
+
+    Objects go through in chunks, so memory stays bounded for hundreds of objects: the whole IoU matrix of
+    16 images, 300 objects and 268,569 anchors would take 5 GB.
+    Source: torchvision.models.detection._utils.Matcher, whose numbers these are.
+    """
+    num_images, num_objects = ground_truth.valid.shape
+    num_boxes = boxes.shape[-2]
+    boxes = boxes.expand(num_images, num_boxes, 4)
+    best_iou = boxes.new_full((num_images, num_boxes), -1.0)
+    best_object = torch.zeros((num_images, num_boxes), dtype=torch.int64, device=boxes.device)
+    best_of_any = torch.zeros((num_images, num_boxes), dtype=torch.bool, device=boxes.device)
+    # On the CPU a chunk should stay in the second-level cache; elsewhere few launches matter more.
+    max_pairs = 2**18 if boxes.device.type == "cpu" else 2**25
+    chunk = max(1, max_pairs // max(1, num_images * num_boxes))
+    for start in range(0, num_objects, chunk):
+        valid = ground_truth.valid[:, start : start + chunk, None]
+        iou = pairwise_iou(ground_truth.boxes[:, start : start + chunk], boxes)  # [B, chunk, A]
+        iou = iou.masked_fill_(~valid, -1.0)
+        if allow_low_quality:
+            best_of_any |= ((iou == iou.amax(dim=2, keepdim=True)) & valid).any(dim=1)
+        chunk_iou, chunk_object = iou.max(dim=1)
+        better = chunk_iou > best_iou
+        best_iou = torch.where(better, chunk_iou, best_iou)
+        best_object = torch.where(better, chunk_object + start, best_object)
+    matches = torch.where(best_iou < high, BETWEEN_THRESHOLDS, best_object)
+    matches = torch.where(best_iou < low, BACKGROUND, matches)
+    return torch.where(best_of_any, best_object, matches)
+
+
+def sample_balanced(positive, negative, num_samples, positive_fraction, keys=None):
+    """Draw at most num_samples boxes an image, at most positive_fraction of them positive, the rest negative.
+
+    positive, negative: bool [B, A], disjoint. keys: float [B, A], uniform in [0, 1); drawn here when None.
+    The largest keys win, which draws without replacement from each kind, uniformly, like torchvision's
+    BalancedPositiveNegativeSampler, and needs neither a host synchronisation nor a loop over images.
+    Returns indices int64 [B, num_samples], is_positive bool, valid bool (same shape): positives first, then
+    negatives; slots that could not be filled are not valid and hold index 0.
+    """
+    num_boxes = positive.shape[1]
+    if keys is None:
+        keys = torch.rand(positive.shape, device=positive.device)
+    max_positives = min(int(num_samples * positive_fraction), num_boxes)
+    positive_keys, positive_indices = torch.where(positive, keys, -1.0).topk(max_positives, dim=1)
+    negative_keys, negative_indices = torch.where(negative, keys, -1.0).topk(
+        min(num_samples, num_boxes), dim=1
+    )
+    num_positives = (positive_keys >= 0).sum(dim=1, keepdim=True)
+    num_negatives = (negative_keys >= 0).sum(dim=1, keepdim=True)
+    slots = torch.arange(num_samples, device=positive.device).expand(len(positive), -1)
+    is_positive = slots < num_positives
+    valid = slots < num_positives + num_negatives
+    # Slot n holds positive n while there are any, then negative n - num_positives.
+    slots = torch.where(is_positive, slots, max_positives + slots - num_positives)
+    candidates = torch.cat([positive_indices, negative_indices], dim=1)
+    indices = candidates.gather(1, slots.clamp_(max=candidates.shape[1] - 1))
+    return torch.where(valid, indices, 0), is_positive, valid
+
+
+def encode(boxes, anchors, weights=(1.0, 1.0, 1.0, 1.0)):
+    """Deltas that turn anchors into boxes: float32 [..., 4], dx, dy, log width, log height, each times its weight.
+
+    boxes, anchors: [..., 4] xyxy in pixels, of positive width and height. Same numbers as torchvision's BoxCoder.
+    """
+    x, y, width, height = _center_size(boxes.float())
+    anchor_x, anchor_y, anchor_width, anchor_height = _center_size(anchors.float())
+    weight_x, weight_y, weight_width, weight_height = weights
+    deltas = (
+        weight_x * (x - anchor_x) / anchor_width,
+        weight_y * (y - anchor_y) / anchor_height,
+        weight_width * torch.log(width / anchor_width),
+        weight_height * torch.log(height / anchor_height),
+    )
+    return torch.stack(deltas, dim=-1)
+
+
+def decode(deltas, anchors, weights=(1.0, 1.0, 1.0, 1.0)):
+    """Boxes that the deltas make of the anchors, the inverse of `encode`: float32 [..., 4] xyxy in pixels.
+
+    deltas: [..., 4], anchors: [..., 4], leading dimensions broadcast ([R, K, 4] with [R, 1, 4] decodes every
+    class). Growth is clipped to 1000 / 16. Computed in float32 whatever the inputs' dtype; the same numbers as
+    torchvision's BoxCoder in float32.
+    """
+    anchor_x, anchor_y, anchor_width, anchor_height = _center_size(anchors.float())
+    weight_x, weight_y, weight_width, weight_height = weights
+    dx, dy, log_width, log_height = deltas.float().unbind(-1)
+    x = dx / weight_x * anchor_width + anchor_x
+    y = dy / weight_y * anchor_height + anchor_y
+    half_width = 0.5 * ((log_width / weight_width).clamp(max=MAX_LOG_SCALE).exp() * anchor_width)
+    half_height = 0.5 * ((log_height / weight_height).clamp(max=MAX_LOG_SCALE).exp() * anchor_height)
+    return torch.stack((x - half_width, y - half_height, x + half_width, y + half_height), dim=-1)
+
+
+def _center_size(boxes):
+    """Centre and size of boxes [..., 4] xyxy: four tensors [...] (x, y, width, height)."""
+    x0, y0, x1, y1 = boxes.unbind(-1)
+    width, height = x1 - x0, y1 - y0
+    return x0 + 0.5 * width, y0 + 0.5 * height, width, height
+
+
+def clip(boxes, image_sizes):
+    """Clip boxes [B, P, 4] xyxy to their images; image_sizes: list of B (height, width) in pixels."""
+    limits = to_device([[[w, h, w, h]] for h, w in image_sizes], boxes.device, boxes.dtype)  # [B, 1, 4]
+    return torch.minimum(boxes.clamp(min=0), limits)
