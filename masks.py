@@ -50,8 +50,8 @@ class CroppedMasks:
         """Rasterise COCO segmentations, touching only the pixels inside each object's rectangle.
 
         segmentations: per object either polygons [[x1, y1, x2, y2, ...], ...] in pixels (joined), or an
-            RLE dict {"size": [H, W], "counts": compressed str/bytes or list of ints}. A polygon of fewer than three
-            points is left out, an odd number at a polygon's end too.
+            RLE dict {"size": [H, W], "counts": compressed str/bytes or list of ints}. A polygon of fewer than
+            three points is left out, and so is an odd number at its end.
         Bit-equal to pycocotools' full-frame decode: its own C code turns a polygon into runs (whose cost
         depends on the outline, not on the frame), and only the rectangle they span is painted. (Moving the
         polygon to a small frame would not be exact: 5x + 0.5 rounds otherwise at another x.)
