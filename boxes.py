@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
+from torchvision.ops import nms
 
 # Values that `match` gives to a box without an object, as in torchvision's Matcher.
 BACKGROUND = -1
@@ -82,8 +84,8 @@ def match(ground_truth, boxes, high, low, allow_low_quality=False):
     ground_truth: GroundTruth. boxes: float32 [A, 4] shared by all images, or [B, A, 4].
     high, low: IoU at or above `high` matches, below `low` is background, between is neither.
     allow_low_quality: also match, to its own best object, every box that is the best (ties included) of any
-    object. Returns int64 [B, A]: index of the object, BACKGROUND or BETWEEN_THRESHOLDS. Of equal IoUs the first
-    object wins. Padded objects never match; an image without objects is all background.
+    object. Returns int64 [B, A]: index of the object, BACKGROUND or BETWEEN_THRESHOLDS. Of equal IoUs the
+    first object wins. Padded objects never match; an image without objects is all background.
 
     Objects go through in chunks, so memory stays bounded for hundreds of objects: the whole IoU matrix of
     16 images, 300 objects and 268,569 anchors would take 5 GB.
@@ -143,9 +145,11 @@ def sample_balanced(positive, negative, num_samples, positive_fraction, keys=Non
 
 
 def encode(boxes, anchors, weights=(1.0, 1.0, 1.0, 1.0)):
-    """Deltas that turn anchors into boxes: float32 [..., 4], dx, dy, log width, log height, each times its weight.
+    """Deltas that turn anchors into boxes: float32 [..., 4], dx, dy, log width, log height, each times its
+    weight.
 
-    boxes, anchors: [..., 4] xyxy in pixels, of positive width and height. Same numbers as torchvision's BoxCoder.
+    boxes, anchors: [..., 4] xyxy in pixels, of positive width and height. Same numbers as torchvision's
+    BoxCoder.
     """
     x, y, width, height = _center_size(boxes.float())
     anchor_x, anchor_y, anchor_width, anchor_height = _center_size(anchors.float())
@@ -163,8 +167,8 @@ def decode(deltas, anchors, weights=(1.0, 1.0, 1.0, 1.0)):
     """Boxes that the deltas make of the anchors, the inverse of `encode`: float32 [..., 4] xyxy in pixels.
 
     deltas: [..., 4], anchors: [..., 4], leading dimensions broadcast ([R, K, 4] with [R, 1, 4] decodes every
-    class). Growth is clipped to 1000 / 16. Computed in float32 whatever the inputs' dtype; the same numbers as
-    torchvision's BoxCoder in float32.
+    class). Growth is clipped to 1000 / 16. Computed in float32 whatever the inputs' dtype; the same numbers
+    as torchvision's BoxCoder in float32.
     """
     anchor_x, anchor_y, anchor_width, anchor_height = _center_size(anchors.float())
     weight_x, weight_y, weight_width, weight_height = weights
@@ -187,3 +191,55 @@ def clip(boxes, image_sizes):
     """Clip boxes [B, P, 4] xyxy to their images; image_sizes: list of B (height, width) in pixels."""
     limits = to_device([[[w, h, w, h]] for h, w in image_sizes], boxes.device, boxes.dtype)  # [B, 1, 4]
     return torch.minimum(boxes.clamp(min=0), limits)
+
+
+def suppress(boxes, valid, iou_threshold, lengths):
+    """Non-maximum suppression within each run of boxes: a box goes if a kept, earlier one of its run overlaps
+    it.
+
+    boxes: float32 [B, K, 4], valid: bool [B, K]; lengths: the runs' lengths, summing to K (the RPN's levels),
+    each run sorted by falling score. Boxes that are not valid neither stay nor suppress. Returns bool [B, K],
+    the boxes
+    that stay: the greedy algorithm's, on the boxes' own coordinates (torchvision.ops.batched_nms shifts small
+    batches by a multiple of the level, which rounds the coordinates).
+    """
+    if boxes.device.type == "cpu":
+        keep = torch.zeros_like(valid)
+        for image_boxes, image_valid, image_keep in zip(boxes, valid, keep, strict=True):
+            runs = zip(*(t.split(lengths) for t in (image_boxes, image_valid, image_keep)), strict=True)
+            for run_boxes, run_valid, run_keep in runs:
+                # A run is sorted already, so its order may stand in for the scores; the invalid go last.
+                order = torch.where(run_valid, torch.arange(len(run_valid), 0.0, -1), 0.0)
+                run_keep.index_fill_(0, nms(run_boxes, order, iou_threshold), True)
+        return keep & valid
+    longest = max(lengths)
+    pad = [(0, longest - length) for length in lengths]
+    runs = torch.stack([F.pad(b, (0, 0, *p)) for b, p in zip(boxes.split(lengths, 1), pad, strict=True)], 1)
+    runs_valid = torch.stack([F.pad(v, p) for v, p in zip(valid.split(lengths, 1), pad, strict=True)], 1)
+    keep = suppress_runs(runs.flatten(0, 1), runs_valid.flatten(0, 1), iou_threshold).view(runs_valid.shape)
+    return torch.cat([k[:, :length] for k, length in zip(keep.unbind(1), lengths, strict=True)], dim=1)
+
+
+def suppress_runs(boxes, valid, iou_threshold, block=256, num_sweeps=16):
+    """`suppress` for runs of one length, without a data-dependent shape: boxes [S, N, 4], valid bool [S, N].
+
+    Blocks of boxes are settled in turn. Within a block, "kept = valid and not overlapped by an earlier kept
+    one" is repeated until nothing changes; the boxes settled so far grow by at least one a sweep, so the
+    fixed point is the greedy answer. Few sweeps are needed; one look at the device at the end tells whether
+    they were enough, and `block` sweeps always are.
+    """
+    keep = valid.clone()
+    settled = torch.ones((), dtype=torch.bool, device=boxes.device)
+    for start in range(0, boxes.shape[1], block):
+        overlaps = pairwise_iou(boxes[:, start : start + block], boxes[:, start:]) > iou_threshold
+        within = overlaps[:, :, :block].triu(1)  # [S, block, block]: the earlier box overlaps the later
+        candidates = keep[:, start : start + block].clone()
+        kept = candidates
+        for _ in range(num_sweeps):
+            before, kept = kept, candidates & ~(within & kept[:, :, None]).any(dim=1)
+        settled &= (before == kept).all()
+        keep[:, start : start + block] = kept
+        keep[:, start + block :] &= ~(overlaps[:, :, block:] & kept[:, :, None]).any(dim=1)
+    if num_sweeps < block and not settled:
+        return suppress_runs(boxes, valid, iou_threshold, block, num_sweeps=block + 1)
+    return keep
