@@ -1,0 +1,767 @@
+"""Train a detector: arguments, wiring and the epoch loop.
+
+python3 train.py                                    the built-in shapes, a few minutes on a laptop
+python3 train.py --data-path DIR                    COCO 2017 as it unpacks
+torchrun --nproc-per-node 8 train.py --data-path DIR
+python3 train.py --data-path DIR --resume FILE --test-only
+"""
+
+import argparse
+import json
+import math
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+import checkpoint as checkpoints
+import coco_eval
+import coco_utils
+import engine
+import figures
+import models
+import optim
+import shapes
+import utils
+from group_by_aspect_ratio import GroupedBatchSampler, create_aspect_ratio_groups, evaluation_batches
+from run_log import RunLog
+from transforms import build_transforms
+from utils import UserError
+
+SHAPES_RECIPE = Path(__file__).parent / "recipes" / "shapes.args"
+EXIT_USER_ERROR, EXIT_FAILED, EXIT_SIGTERM = 2, 1, 143
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Reads `@FILE` as arguments, as many a line as one likes, with # comments."""
+
+    def convert_arg_line_to_args(self, arg_line):
+        return shlex.split(arg_line, comments=True)
+
+
+def get_parser():
+    parser = ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        fromfile_prefix_chars="@",
+        epilog="A recipe is a file of arguments: python3 train.py @recipes/shapes.args --epochs 2",
+    )
+
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data-path", help="folder with train2017/, val2017/ and annotations/; none: built-in shapes"
+    )
+    data.add_argument(
+        "--dataset", choices=["shapes", "coco", "coco_kp"], help="default: coco with --data-path, else shapes"
+    )
+    data.add_argument("--train-images", help="folder of training images, for any COCO-format data set")
+    data.add_argument(
+        "--train-annotations", help="COCO json of the training images; classes are read from it"
+    )
+    data.add_argument("--val-images", help="folder of validation images")
+    data.add_argument("--val-annotations", help="COCO json of the validation images")
+    data.add_argument("--keep-empty", action="store_true", help="train on images without objects too")
+    data.add_argument("--train-samples", type=int, help="train on a fixed random subset of so many images")
+    data.add_argument(
+        "--data-augmentation", default="hflip", choices=["none", "hflip", "multiscale", "lsj", "ssd", "ssdlite"],
+        help="augmentation policy (default: hflip)",
+    )  # fmt: skip
+    data.add_argument(
+        "--use-copypaste", action="store_true", help="simple copy-paste augmentation; with lsj only"
+    )
+    data.add_argument(
+        "--aspect-ratio-group-factor", type=int, default=3,
+        help="batch images of like aspect ratio, in bins 2^(1/k) wide; -1: any together (default: 3)",
+    )  # fmt: skip
+    data.add_argument(
+        "-j", "--workers", type=int, help="loader processes a rank (default: 4 with a GPU, else 1)"
+    )
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", default="maskrcnn_resnet50_fpn", help="a torchvision detection builder")
+    model.add_argument(
+        "--backbone", help="another torchvision classifier under the FPN, e.g. resnet18, swin_t"
+    )
+    model.add_argument(
+        "--weights", help="detector weights: a torchvision enum's name or a file (see weights.py)"
+    )
+    model.add_argument("--weights-backbone", help="backbone weights: likewise")
+    model.add_argument(
+        "--trainable-backbone-layers", type=int, help="backbone stages that train, from the last"
+    )
+    model.add_argument(
+        "--norm", choices=models.NORMS, help="backbone norm (default: frozen if pretrained, else batch)"
+    )
+    model.add_argument(
+        "--norm-eps", type=float, help="epsilon of the backbone norm (default: as the weights want)"
+    )
+    model.add_argument(
+        "--sync-bn", action="store_true", help="batch norm over all ranks: same as --norm sync"
+    )
+    model.add_argument(
+        "--min-size", type=int, nargs="+", help="shorter side in pixels after resizing (default: 800)"
+    )
+    model.add_argument("--max-size", type=int, help="longest side in pixels after resizing (default: 1333)")
+    model.add_argument("--rpn-score-thresh", type=float, help="drop proposals scored below this")
+    model.add_argument(
+        "--detections-per-image", type=int, help="most detections an image (default: the model's)"
+    )
+    model.add_argument(
+        "--reference-ops", action="store_true", help="torchvision's own modules instead of the fast ones"
+    )
+
+    opt = parser.add_argument_group("optimisation")
+    opt.add_argument("-b", "--batch-size", type=int, default=2, help="images a rank a batch (default: 2)")
+    opt.add_argument(
+        "--accum-steps", type=int, default=1, help="batches a step: accumulate gradients (default: 1)"
+    )
+    opt.add_argument("--opt", default="sgd", choices=sorted(optim.BASE_LR), help="optimizer (default: sgd)")
+    opt.add_argument(
+        "--lr", type=float,
+        help="learning rate (default: 0.02 for each 16 images a step, 0.0001 for adamw)",
+    )  # fmt: skip
+    opt.add_argument("--momentum", type=float, default=0.9, help="of SGD (default: 0.9)")
+    opt.add_argument(
+        "--wd", "--weight-decay", dest="weight_decay", type=float, default=1e-4, help="default: 1e-4"
+    )
+    opt.add_argument("--norm-weight-decay", type=float, help="weight decay of norm layers (default: as --wd)")
+    opt.add_argument(
+        "--clip-grad-norm", type=float, default=0.0, help="largest gradient norm; 0: any (default: 0)"
+    )
+    opt.add_argument(
+        "--ema-decay", type=float, default=0.0, help="evaluate an average of the weights; 0: off"
+    )
+
+    schedule = parser.add_argument_group("schedule")
+    schedule.add_argument(
+        "--epochs", type=int, help="passes over the data (default: 26, or what --total-steps needs)"
+    )
+    schedule.add_argument("--total-steps", type=int, help="stop after so many optimizer steps")
+    schedule.add_argument(
+        "--lr-scheduler", default="multisteplr", choices=["multisteplr", "cosineannealinglr"]
+    )
+    schedule.add_argument(
+        "--lr-steps", type=int, nargs="+",
+        help="epochs (with --total-steps: steps) at which the rate falls (default: at 16/26 and 22/26 of the run)",
+    )  # fmt: skip
+    schedule.add_argument("--lr-step-size", type=int, help="instead: let the rate fall every so many epochs")
+    schedule.add_argument("--lr-gamma", type=float, default=0.1, help="the factor it falls by (default: 0.1)")
+    schedule.add_argument(
+        "--warmup-steps", type=int, help="linear warm-up (default: 1000, at most a tenth of the run)"
+    )
+    schedule.add_argument(
+        "--warmup-factor", type=float, default=1e-3, help="the warm-up starts at this share"
+    )
+    schedule.add_argument(
+        "--start-epoch", "--start_epoch", type=int, default=0, help="number of the first epoch"
+    )
+
+    speed = parser.add_argument_group("precision and speed")
+    speed.add_argument("--device", help="cuda, cuda:1 or cpu (default: a GPU where there is one)")
+    speed.add_argument("--amp", action="store_true", help="mixed precision")
+    speed.add_argument("--amp-dtype", default="auto", choices=["auto", "bf16", "fp16"], help="default: auto")
+    speed.add_argument(
+        "--channels-last", action=argparse.BooleanOptionalAction, default=True,
+        help="keep weights and features in channels-last order (default: on)",
+    )  # fmt: skip
+    speed.add_argument("--compile", action="store_true", help="torch.compile the backbone")
+    speed.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    speed.add_argument(
+        "--use-deterministic-algorithms", action="store_true", help="only deterministic operations, slower"
+    )
+
+    evaluation = parser.add_argument_group("evaluation")
+    evaluation.add_argument("--mode", default="train_and_eval", choices=["train", "train_and_eval", "eval"])
+    evaluation.add_argument("--test-only", action="store_true", help="same as --mode eval")
+    evaluation.add_argument(
+        "--eval-every", type=int, default=1, help="epochs between evaluations (default: 1)"
+    )
+    evaluation.add_argument(
+        "--eval-samples", type=int, help="evaluate a fixed random subset of so many images"
+    )
+    evaluation.add_argument(
+        "--eval-batch-size", type=int, default=1, help="images a rank a batch (default: 1)"
+    )
+    evaluation.add_argument(
+        "--evaluator", default="hotcoco", choices=coco_eval.EVALUATORS, help="default: hotcoco"
+    )
+    evaluation.add_argument(
+        "--val-loss", action="store_true", help="measure the training losses on the val set too"
+    )
+
+    distributed = parser.add_argument_group("distributed")
+    distributed.add_argument("--world-size", type=int, default=1, help="ranks; torchrun sets it")
+    distributed.add_argument("--dist-url", default="env://", help="where ranks meet (default: env://)")
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--output-dir", help="what the run leaves (default: a new folder in runs/)")
+    output.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    output.add_argument(
+        "--resume", default="", help="a checkpoint to go on from, or auto: the newest in --output-dir"
+    )
+    output.add_argument(
+        "--keep-checkpoints", type=int, default=2, help="model_<epoch>.pth files kept (default: 2)"
+    )
+    output.add_argument(
+        "--print-freq", type=int, default=20, help="steps between progress lines (default: 20)"
+    )
+    return parser
+
+
+def parse_args(argv=None):
+    """Arguments as given, after the shapes recipe's where the built-in data set is meant."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    if args.dataset is None:
+        args.dataset = (
+            "coco" if args.data_path or args.train_annotations or args.val_annotations else "shapes"
+        )
+    if args.dataset == "shapes":
+        dataset = args.dataset
+        args = parser.parse_args([f"@{SHAPES_RECIPE}", *argv])
+        args.dataset = dataset
+    check_args(parser, args)
+    return args
+
+
+def check_args(parser, args):
+    """Where contradictions meet; also resolves the flags that are other flags' short forms."""
+    if args.test_only:
+        args.mode = "eval"
+    if args.sync_bn:
+        if args.norm not in (None, "sync"):
+            parser.error(f"--sync-bn contradicts --norm {args.norm}")
+        args.norm = "sync"
+    if args.mode == "eval" and not args.resume and not args.weights:
+        parser.error("--test-only needs weights: --resume CHECKPOINT or --weights NAME")
+    for name in (
+        "batch_size",
+        "eval_batch_size",
+        "accum_steps",
+        "eval_every",
+        "print_freq",
+        "keep_checkpoints",
+    ):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("epochs", "total_steps", "eval_samples", "train_samples"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.lr_steps and args.lr_step_size:
+        parser.error("--lr-steps and --lr-step-size contradict each other")
+    if args.lr is not None and args.lr <= 0:
+        parser.error("--lr must be positive")
+    if not 0 <= args.ema_decay < 1:
+        parser.error("--ema-decay must lie in [0, 1)")
+    if args.use_copypaste and args.data_augmentation != "lsj":
+        parser.error("--use-copypaste needs --data-augmentation lsj")
+    if (args.train_annotations is None) != (args.train_images is None):
+        parser.error("--train-annotations and --train-images go together")
+    if (args.val_annotations is None) != (args.val_images is None):
+        parser.error("--val-annotations and --val-images go together")
+    if args.resume == "auto" and args.output_dir is None:
+        parser.error("--resume auto needs --output-dir")
+
+
+# --- wiring --------------------------------------------------------------------------------------------
+
+
+class StopSignal:
+    """Turns the first SIGTERM into a question asked at each step's boundary; a second one ends at once."""
+
+    def __init__(self):
+        self.received = False
+        self.previous = signal.signal(signal.SIGTERM, self.receive)
+
+    def receive(self, signum, frame):
+        if self.received:
+            raise SystemExit(EXIT_SIGTERM)
+        self.received = True
+
+    def __call__(self):
+        return utils.any_rank(self.received)
+
+    def restore(self):
+        signal.signal(signal.SIGTERM, self.previous)
+
+
+def choose_output_dir(args):
+    """The run's folder, the same on all ranks: as given, the resumed checkpoint's, or a new one in runs/."""
+    if args.output_dir is not None:
+        return Path(args.output_dir)
+    if args.resume:
+        return Path(args.resume).parent
+    runs, number = Path("runs"), 1
+    while (runs / f"{args.dataset}-{number}").exists():
+        number += 1
+    return Path(utils.broadcast_json(str(runs / f"{args.dataset}-{number}")))
+
+
+def build_datasets(args):
+    """(train, val) as CocoDatasets; train is None in eval mode, val in train mode."""
+    if args.dataset == "shapes":
+        root = Path(args.data_path) if args.data_path else shapes.default_root()
+        with utils.main_process_first():
+            root = shapes.write_shapes(root)
+    else:
+        root = Path(args.data_path) if args.data_path else None
+    paths = coco_utils.dataset_paths(root, keypoints=args.dataset == "coco_kp" or "keypoint" in args.model)
+    if args.train_annotations:
+        paths["train"] = (Path(args.train_images), Path(args.train_annotations))
+    if args.val_annotations:
+        paths["val"] = (Path(args.val_images), Path(args.val_annotations))
+    fields = {"with_masks": "maskrcnn" in args.model, "with_keypoints": "keypoint" in args.model}
+    train = val = None
+    if args.mode != "eval":
+        train = coco_utils.CocoDataset(
+            *paths["train"],
+            transforms=build_transforms(
+                args.data_augmentation, training=True, reference_ops=args.reference_ops
+            ),
+            training=True,
+            keep_empty=args.keep_empty,
+            num_samples=args.train_samples,
+            seed=args.seed,
+            **fields,
+        )
+    if args.mode != "train":
+        val = coco_utils.CocoDataset(
+            *paths["val"],
+            transforms=build_transforms("none", training=False, reference_ops=args.reference_ops),
+            num_samples=args.eval_samples,
+            seed=args.seed,
+            **fields,
+        )
+    if train is not None and val is not None:
+        coco_utils.check_same_classes(train, val)
+    return train, val
+
+
+def build_train_loader(args, dataset, workers, device):
+    sampler = GroupedBatchSampler(
+        create_aspect_ratio_groups(dataset.aspect_ratios, args.aspect_ratio_group_factor),
+        args.batch_size,
+        rank=utils.get_rank(),
+        num_ranks=utils.get_world_size(),
+        seed=args.seed,
+    )
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=coco_utils.collate,
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
+        worker_init_fn=coco_utils.init_worker,
+    )
+
+
+def build_val_loader(args, dataset, workers, device):
+    batches = evaluation_batches(
+        dataset.image_sizes,
+        args.eval_batch_size,
+        rank=utils.get_rank(),
+        num_ranks=utils.get_world_size(),
+    )
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=coco_utils.collate,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=coco_utils.init_worker,
+    )
+
+
+def plan_schedule(args, batches_per_epoch, images_per_batch):
+    """The run in steps: (steps_per_epoch, total_steps, lr, LrSchedule), defaults resolved."""
+    steps_per_epoch = math.ceil(batches_per_epoch / args.accum_steps)
+    epochs = args.epochs
+    if epochs is None:
+        epochs = math.ceil(args.total_steps / steps_per_epoch) if args.total_steps else 26
+    total_steps = epochs * steps_per_epoch
+    if args.total_steps is not None:
+        total_steps = min(total_steps, args.total_steps)
+    if args.lr_step_size:
+        milestones = list(
+            range(args.lr_step_size * steps_per_epoch, total_steps, args.lr_step_size * steps_per_epoch)
+        )
+    elif args.lr_steps:
+        milestones = [s if args.total_steps else s * steps_per_epoch for s in args.lr_steps]
+    else:
+        milestones = [round(total_steps * fraction) for fraction in (16 / 26, 22 / 26)]
+    warmup_steps = args.warmup_steps
+    if warmup_steps is None:
+        warmup_steps = min(1000, max(0, steps_per_epoch - 1), total_steps // 10)
+    lr = args.lr if args.lr is not None else optim.default_lr(args.opt, images_per_batch * args.accum_steps)
+    schedule = optim.LrSchedule(
+        args.lr_scheduler, total_steps, milestones, args.lr_gamma, warmup_steps, args.warmup_factor
+    )
+    return steps_per_epoch, total_steps, lr, schedule
+
+
+def sync_buffers(model):
+    """Give every rank the first rank's buffers: live norm layers count their own images on each rank."""
+    if utils.get_world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def evaluate(args, state, dataset, loader, device, amp_dtype, output_dir, log):
+    """Score the (averaged) weights on the validation set; the same metrics on every rank.
+
+    Returns {"bbox": {"AP", …}, "segm": {…}, "images_per_second", …} and leaves detections.json and a figure.
+    """
+    sync_buffers(state.detector)
+    started = time.perf_counter()
+    with state.ema.applied():
+        results = engine.predict(
+            state.detector, loader, device=device, category_ids=dataset.category_ids, amp_dtype=amp_dtype
+        )
+        loss = None
+        if args.val_loss:
+            loss = engine.validation_loss(state.detector, loader, device=device, amp_dtype=amp_dtype)
+    seconds = time.perf_counter() - started
+    results = coco_eval.gather_results(results, dataset.image_ids)
+    metrics = None
+    if utils.is_main_process():
+        metrics, classes = coco_eval.score_results(
+            dataset.annotation_file,
+            results,
+            models.iou_types(state.detector),
+            evaluator=args.evaluator,
+            image_ids=dataset.image_ids,
+        )
+        log.end_bar()
+        log.say(coco_eval.format_table(metrics))
+        log.say(coco_eval.format_per_class(classes))
+        metrics["images_per_second"] = len(dataset) / seconds
+        metrics["scoring_seconds"] = time.perf_counter() - started - seconds
+        if loss is not None:
+            metrics["loss"] = loss
+        (output_dir / "detections.json").write_text(json.dumps(results))
+        picture = figures.predictions(dataset, results)
+        figures.write(output_dir / "figures" / "predictions.png", picture)
+        log.picture("predictions", picture, state.step)
+        log.say(
+            f"evaluated {len(dataset)} images at {metrics['images_per_second']:.1f} img/s; "
+            f"scoring took {metrics['scoring_seconds']:.1f} s"
+        )
+    return utils.broadcast_json(metrics)
+
+
+def headline(metrics):
+    """The one number that best.pth is chosen by: mask AP, keypoint AP or box AP, the hardest there is."""
+    kind = next(kind for kind in ("segm", "keypoints", "bbox") if kind in metrics)
+    return kind, metrics[kind]["AP"]
+
+
+def gather_rng_states(device):
+    """Every rank's generator states, in order, on every rank."""
+    states = {name: value.cpu() for name, value in utils.rng_state(device).items()}
+    if utils.get_world_size() == 1:
+        return [states]
+    gathered = [{} for _ in range(utils.get_world_size())]
+    for name, value in states.items():
+        parts = [torch.empty_like(value) for _ in gathered]
+        dist.all_gather(parts, value)
+        for rank_states, part in zip(gathered, parts, strict=True):
+            rank_states[name] = part
+    return gathered
+
+
+def make_checkpoint(args, state, classes, category_ids, best, device):
+    """The checkpoint's dict (see checkpoint.py), complete on rank 0; every rank must call."""
+    sync_buffers(state.detector)
+    rng = gather_rng_states(device)
+    if not utils.is_main_process():
+        return None
+    detector = state.detector
+    content = {
+        "model": checkpoints.plain_state_dict(detector),
+        "optimizer": state.optimizer.state_dict(),
+        "scaler": state.scaler.state_dict(),
+        "progress": {"epoch": state.epoch, "batch": state.batch, "step": state.step, **best},
+        "rng": rng,
+        "classes": list(classes),
+        "category_ids": list(category_ids),
+        "norm": models.describe_norm(detector),
+        "config": vars(args),
+    }
+    if state.ema.decay:
+        content["ema"] = state.ema.state_dict()
+        with state.ema.applied():
+            content["model_ema"] = checkpoints.plain_state_dict(detector)
+    return content
+
+
+def restore(args, state, content, path, classes, category_ids, device, log):
+    """Put a loaded checkpoint into the state; returns the best score so far. Says what differs from its run."""
+    checkpoints.check_same_classes(content, classes, category_ids, path)
+    checkpoints.check_same_norm(content, models.describe_norm(state.detector), path)
+    state.detector.load_state_dict(content["model"], strict=True)
+    progress = content["progress"]
+    state.step, state.epoch, state.batch = progress["step"], progress["epoch"], progress["batch"]
+    if args.mode == "eval":
+        if "model_ema" in content:
+            state.detector.load_state_dict(content["model_ema"], strict=True)
+    else:
+        lrs = [group["initial_lr"] for group in state.optimizer.param_groups]
+        state.optimizer.load_state_dict(content["optimizer"])
+        for group, lr in zip(state.optimizer.param_groups, lrs, strict=True):
+            group["initial_lr"] = lr
+        state.scaler.load_state_dict(content["scaler"])
+        if state.ema.decay and "ema" in content:
+            state.ema.load_state_dict(content["ema"])
+        if len(content["rng"]) == utils.get_world_size():
+            utils.set_rng_state(content["rng"][utils.get_rank()], device)
+        else:
+            log.say(
+                f"note: {len(content['rng'])} ranks wrote {path}, {utils.get_world_size()} go on from it: new seeds"
+            )
+        for line in checkpoints.changed_settings(content["config"], vars(args)):
+            log.say(f"changed since {path}: {line}")
+    log.say(f"resumed {path}: epoch {state.epoch}, step {state.step}")
+    return {"best": progress["best"], "best_epoch": progress["best_epoch"]}
+
+
+# --- the run ---------------------------------------------------------------------------------------------
+
+
+def main(args):
+    """The run; returns the last metrics. Raises UserError before the first step for what the user can mend."""
+    device_type = torch.device(args.device).type if args.device else utils.select_device(None).type
+    _, world_size, local_rank, local_world_size = utils.init_distributed(
+        device_type, args.dist_url, args.world_size
+    )
+    device = utils.select_device(args.device, local_rank)
+    utils.divide_threads(local_world_size)
+    utils.seed_everything(args.seed, utils.get_rank())
+    torch.use_deterministic_algorithms(args.use_deterministic_algorithms)
+
+    output_dir = choose_output_dir(args)
+    resume_path, resumed = None, None
+    if args.resume == "auto":
+        resume_path, resumed = checkpoints.find_newest(output_dir)
+    elif args.resume:
+        resume_path, resumed = Path(args.resume), checkpoints.load(args.resume)
+    elif (output_dir / checkpoints.NEWEST).exists() and not args.overwrite and args.mode != "eval":
+        raise UserError(
+            f"{output_dir}: holds a run; go on with --resume auto, or start anew with --overwrite"
+        )
+    if utils.is_main_process():
+        utils.prepare_output_dir(output_dir)
+    if resumed is not None and args.norm is None and args.norm_eps is None:
+        args.norm, args.norm_eps = resumed["norm"]["type"], resumed["norm"]["eps"]
+
+    train_set, val_set = build_datasets(args)
+    dataset = train_set or val_set
+    detector, reports = models.build_model(
+        args.model,
+        num_classes=len(dataset.classes) + 1,
+        backbone=args.backbone,
+        norm=args.norm,
+        norm_eps=args.norm_eps,
+        trainable_layers=args.trainable_backbone_layers,
+        weights=None if resumed else args.weights,
+        weights_backbone=None if resumed else args.weights_backbone,
+        classes=dataset.classes,
+        category_ids=dataset.category_ids,
+        num_keypoints=dataset.num_keypoints,
+        min_size=args.min_size,
+        max_size=args.max_size,
+        rpn_score_thresh=args.rpn_score_thresh,
+        detections_per_image=args.detections_per_image,
+        reference_ops=args.reference_ops,
+    )
+    detector.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
+    amp_dtype = utils.amp_dtype(args.amp_dtype, device) if args.amp else None
+    if args.compile:
+        detector.backbone.compile(dynamic=True)
+    workers = args.workers
+    if workers is None:
+        workers = 4 if device.type == "cuda" else 1
+
+    train_loader, total_steps, lr, schedule = None, 0, 0.0, None
+    images_per_batch = args.batch_size * world_size
+    if train_set is not None:
+        train_loader = build_train_loader(args, train_set, workers, device)
+        steps_per_epoch, total_steps, lr, schedule = plan_schedule(
+            args, len(train_loader.batch_sampler), images_per_batch
+        )
+    val_loader = build_val_loader(args, val_set, workers, device) if val_set is not None else None
+
+    groups = optim.parameter_groups(detector, args.weight_decay, args.norm_weight_decay)
+    optimizer = optim.build_optimizer(args.opt, groups, lr, args.momentum)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = lr
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
+    state = engine.TrainState(
+        detector, optimizer, schedule, scaler, optim.Ema(detector, args.ema_decay), epoch=args.start_epoch
+    )
+    log = RunLog(output_dir, total_steps)
+    for report in reports:
+        log.say(report)
+    best = {"best": -math.inf, "best_epoch": None}
+    if resumed is not None:
+        best = restore(args, state, resumed, resume_path, dataset.classes, dataset.category_ids, device, log)
+    if world_size > 1 and train_set is not None:
+        state.model = torch.nn.parallel.DistributedDataParallel(
+            detector,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+        )
+    if utils.is_main_process():
+        environment = utils.describe_environment(device)
+        resolved = {"lr": lr, "total_steps": total_steps, "workers": workers, "amp_dtype": str(amp_dtype)}
+        resolved |= {"num_classes": len(dataset.classes), "norm": models.describe_norm(detector)}
+        utils.write_json(
+            output_dir / "config.json",
+            {"arguments": vars(args), "resolved": resolved, "environment": environment},
+        )
+    describe_run(args, log, output_dir, device, amp_dtype, train_set, val_set, detector)
+
+    if args.mode == "eval":
+        metrics = evaluate(args, state, val_set, val_loader, device, amp_dtype, output_dir, log)
+        log.epoch({"epoch": state.epoch, "step": state.step, "train": None, "eval": metrics})
+        log.close()
+        return metrics
+
+    log.say(
+        f"{total_steps} steps of {images_per_batch * args.accum_steps} images, {steps_per_epoch} an epoch; "
+        f"lr {lr:g}{'' if args.lr else ' (by the rule 0.02 per 16 images)' if args.opt != 'adamw' else ''}, "
+        f"warm-up {schedule.warmup_steps} steps, "
+        + (f"falling at {schedule.milestones}" if schedule.kind == "multisteplr" else "then half a cosine")
+    )
+    if state.step >= total_steps:
+        log.say(f"nothing to do: {resume_path} has {state.step} of {total_steps} steps")
+        log.close()
+        return None
+    return run_epochs(
+        args,
+        state,
+        best,
+        train_loader,
+        val_set,
+        val_loader,
+        dataset,
+        total_steps,
+        device,
+        amp_dtype,
+        output_dir,
+        log,
+    )
+
+
+def run_epochs(
+    args, state, best, loader, val_set, val_loader, dataset, total_steps, device, amp_dtype, output_dir, log
+):
+    """The epoch loop: train, evaluate, save. Returns the last evaluation's metrics."""
+    stop = StopSignal()
+    log.first_step = state.step
+    started, metrics = time.perf_counter(), None
+
+    def save(*links):
+        content = make_checkpoint(args, state, dataset.classes, dataset.category_ids, best, device)
+        if content is not None:
+            checkpoints.save(content, output_dir / checkpoints.NEWEST, *links)
+            checkpoints.remove_old(output_dir, args.keep_checkpoints)
+        utils.barrier()
+
+    try:
+        while state.step < total_steps:
+            loader.batch_sampler.set_epoch(state.epoch, state.batch)
+            train_metrics = engine.train_one_epoch(
+                state,
+                loader,
+                device=device,
+                amp_dtype=amp_dtype,
+                accum_steps=args.accum_steps,
+                clip_grad_norm=args.clip_grad_norm,
+                total_steps=total_steps,
+                print_freq=args.print_freq,
+                on_log=log.train,
+                should_stop=stop,
+            )
+            state.epoch, state.batch = state.epoch + 1, 0
+            finished = state.step >= total_steps
+            evaluated = val_set is not None and (finished or state.epoch % args.eval_every == 0)
+            links = [output_dir / f"model_{state.epoch - 1}.pth"]
+            if evaluated:
+                metrics = evaluate(args, state, val_set, val_loader, device, amp_dtype, output_dir, log)
+                kind, score = headline(metrics)
+                if score > best["best"]:
+                    best.update(best=score, best_epoch=state.epoch - 1)
+                    links.append(output_dir / checkpoints.BEST)
+                    log.say(f"best so far: {kind} AP {score:.4f}")
+            save(*links)
+            log.epoch(
+                {
+                    "epoch": state.epoch - 1,
+                    "step": state.step,
+                    "train": train_metrics,
+                    "eval": metrics if evaluated else None,
+                }
+            )
+    except engine.Stopped:
+        save()
+        log.say(
+            f"stopped by SIGTERM at step {state.step}; go on with --resume {output_dir / checkpoints.NEWEST}"
+        )
+        raise
+    finally:
+        stop.restore()
+        log.close()
+    log.say(
+        f"trained {state.step} steps in {utils.format_duration(time.perf_counter() - started)}; see {output_dir}"
+    )
+    return metrics
+
+
+def describe_run(args, log, output_dir, device, amp_dtype, train_set, val_set, detector):
+    """Print what will run, on what, with how much."""
+    num_parameters = sum(p.numel() for p in detector.parameters())
+    num_trainable = sum(p.numel() for p in detector.parameters() if p.requires_grad)
+    norm = models.describe_norm(detector)["type"]
+    precision = "fp32" if amp_dtype is None else f"{str(amp_dtype).removeprefix('torch.')} autocast"
+    log.say(
+        f"{args.model}{f' on {args.backbone}' if args.backbone else ''}: {num_parameters / 1e6:.1f} M parameters, "
+        f"{num_trainable / 1e6:.1f} M train; {norm} norm; {precision} on {device}, {utils.get_world_size()} rank(s) of "
+        f"{torch.get_num_threads()} thread(s)"
+    )
+    for name, dataset in (("train", train_set), ("val", val_set)):
+        if dataset is not None:
+            log.say(
+                f"{name}: {len(dataset)} images, {len(dataset.classes)} classes, {dataset.annotation_file}"
+            )
+    log.say(f"output: {output_dir}")
+
+
+def cli(argv=None):
+    """Run the command line and return its exit status."""
+    try:
+        main(parse_args(argv))
+        return 0
+    except UserError as error:
+        if utils.is_main_process():
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except engine.NonFiniteLossError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except engine.Stopped:
+        return EXIT_SIGTERM
+    finally:
+        if utils.is_distributed():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    utils.keep_freed_memory()
+    raise SystemExit(cli())
