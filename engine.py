@@ -37,7 +37,7 @@ class NonFiniteLossError(RuntimeError):
     """A loss was NaN or infinite; the update it belonged to, and all after it, were left out."""
 
 
-class Stopped(Exception):  # noqa: N818 - not an error: the loop was asked to end at a step's boundary
+class Stopped(Exception):
     """Training was asked to stop; the state stands between two steps."""
 
 
@@ -115,8 +115,9 @@ def train_one_epoch(
     """Train until the loader or total_steps ends; one step is one optimizer update over accum_steps batches.
 
     state: TrainState, moved on in place. loader: yields (images, targets) lists of one epoch; a whole epoch has
-    len(loader.batch_sampler) batches, and the loader starts at batch state.batch of it. on_log gets a record every print_freq
-    steps: {"step", "epoch", "losses", "lr", "grad_norm", "images_per_second", "data_seconds", "memory_mb"}.
+    len(loader.batch_sampler) batches, and the loader starts at batch state.batch of it. on_log gets a record
+    every print_freq steps: {"step", "epoch", "losses", "lr", "grad_norm", "images_per_second", "data_seconds",
+    "memory_mb"}.
     Returns the epoch's mean losses and images per second: {"losses", "lr", "images_per_second"}.
     Raises NonFiniteLossError, or Stopped at the first step's boundary after should_stop() is true.
     """

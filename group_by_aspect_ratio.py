@@ -93,3 +93,17 @@ class GroupedBatchSampler(torch.utils.data.Sampler[list[tuple[int, int]]]):
             for left, places in leftovers[: len(self) - len(batches)]
         ]
         return np.concatenate([batches, *(row[None] for row in filled)])
+
+
+def evaluation_batches(
+    sizes: Sequence[tuple[int, int]], batch_size: int, *, rank: int = 0, num_ranks: int = 1
+) -> list[list[int]]:
+    """This rank's batches of an evaluation: every image once in all, none twice, like shapes together.
+
+    sizes: (height, width) of each image. Batches are formed once for all ranks and dealt in turn, so the padding
+    that an image gets, and with it each digit of its detections, does not depend on the number of ranks.
+    Ranks may have one batch more or less than others, or none.
+    """
+    order = sorted(range(len(sizes)), key=lambda i: (sizes[i][1] / sizes[i][0], sizes[i], i))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return batches[rank::num_ranks]

@@ -188,13 +188,13 @@ def stages_of(backbone):
         return [stem] + [[children[f"layer{k}"]] for k in range(1, 5) if f"layer{k}" in children]
     if "features" in children:  # SSD's VGG: a stage ends before each pooling layer
         blocks = list(children["features"])
-        starts = [0] + [i for i, block in enumerate(blocks) if isinstance(block, nn.MaxPool2d)][:4]
+        starts = [0, *[i for i, block in enumerate(blocks) if isinstance(block, nn.MaxPool2d)][:4]]
     else:
         blocks = [
             leaf for child in children.values() for leaf in (child if is_plain_list(child) else [child])
         ]
-        starts = [0] + [i for i, block in enumerate(blocks) if i > 0 and halves_the_map(block)]
-    return [blocks[start:end] for start, end in zip(starts, starts[1:] + [len(blocks)], strict=True)]
+        starts = [0, *(i for i, block in enumerate(blocks) if i > 0 and halves_the_map(block))]
+    return [blocks[start:end] for start, end in zip(starts, [*starts[1:], len(blocks)], strict=True)]
 
 
 def is_plain_list(module):

@@ -99,14 +99,14 @@ class Malicious:
 def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, monkeypatch, write):
     monkeypatch.chdir(tmp_path)
     write({"model": Malicious()}, tmp_path / "evil.pth")
-    with pytest.raises(UserError, match="refused|damaged"):
+    with pytest.raises(UserError, match=r"refused|damaged"):
         checkpoints.load(tmp_path / "evil.pth")
     assert not (tmp_path / "harm_done").exists()
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "damaged|refused"), (b"<html>", "damaged|refused"), (None, "no such checkpoint")],
+    [(b"", r"damaged|refused"), (b"<html>", r"damaged|refused"), (None, "no such checkpoint")],
 )
 def test_what_is_no_checkpoint_is_named(tmp_path, content, message):
     path = tmp_path / "x.pth"
