@@ -689,21 +689,22 @@ def run_epochs(
                 on_log=log.train,
                 should_stop=stop,
             )
-            state.epoch, state.batch = state.epoch + 1, 0
-            finished = state.step >= total_steps
-            evaluated = val_set is not None and (finished or state.epoch % args.eval_every == 0)
-            links = [output_dir / f"model_{state.epoch - 1}.pth"]
+            epoch, finished = state.epoch, state.step >= total_steps
+            if state.batch == len(loader.batch_sampler):
+                state.epoch, state.batch = epoch + 1, 0
+            evaluated = val_set is not None and (finished or (epoch + 1) % args.eval_every == 0)
+            links = [output_dir / f"model_{epoch}.pth"]
             if evaluated:
                 metrics = evaluate(args, state, val_set, val_loader, device, amp_dtype, output_dir, log)
                 kind, score = headline(metrics)
                 if score > best["best"]:
-                    best.update(best=score, best_epoch=state.epoch - 1)
+                    best.update(best=score, best_epoch=epoch)
                     links.append(output_dir / checkpoints.BEST)
                     log.say(f"best so far: {kind} AP {score:.4f}")
             save(*links)
             log.epoch(
                 {
-                    "epoch": state.epoch - 1,
+                    "epoch": epoch,
                     "step": state.step,
                     "train": train_metrics,
                     "eval": metrics if evaluated else None,
