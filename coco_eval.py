@@ -7,6 +7,7 @@ R recall thresholds (101), K categories, A area ranges, L limits on an image's d
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import numbers
 import sys
@@ -244,13 +245,13 @@ def predictions_to_results(outputs, image_ids, image_sizes, category_ids):
     return results
 
 
-def gather_results(results, group=None):
-    """Bring every rank's results to rank 0, sorted by image id: the same list for any number of ranks.
+def gather_results(results, image_ids, group=None):
+    """Bring every rank's results to rank 0, in the order of the data set: the same list for any number of ranks.
 
-    results: this rank's, JSON-able, of whole images that no other rank has. group: one that carries CPU tensors
-    (gloo); None is the default group, or no gathering where there is none.
+    results: this rank's, JSON-able, of whole images that no other rank has. image_ids: of the whole data set, in its
+    order. group: one that carries CPU tensors (gloo); default: the default group, or no gathering where there is none.
     Returns the list on rank 0, None on the others. What travels is JSON in byte tensors of the exact size.
-    Raises ValueError on rank 0 if two ranks bring results of the same image.
+    Raises ValueError on rank 0 for results of an image that two ranks had, or that the data set lacks.
     """
     shards = [results]
     if dist.is_available() and dist.is_initialized():
@@ -266,16 +267,21 @@ def gather_results(results, group=None):
             data = torch.empty(int(sizes[source]), dtype=torch.uint8)
             dist.recv(data, group=group, group_src=source)
             shards.append(json.loads(data.numpy().tobytes()))
+
+    position = {image_id: index for index, image_id in enumerate(image_ids)}
     rank_of_image = {}
     for rank, shard in enumerate(shards):
-        for result in shard:
-            if rank_of_image.setdefault(result["image_id"], rank) != rank:
+        for image_id in {result["image_id"] for result in shard}:
+            if image_id not in position:
+                raise ValueError(f"rank {rank} has results of image {image_id}, which is not in the data set")
+            if image_id in rank_of_image:
                 raise ValueError(
-                    f"image {result['image_id']} was evaluated by rank {rank_of_image[result['image_id']]} and by rank "
-                    f"{rank}; give each image to one rank, without padding the shards"
+                    f"image {image_id} was evaluated by rank {rank_of_image[image_id]} and by rank {rank}; "
+                    "give each image to one rank, without padding the shards"
                 )
-    # stable: equal scores keep the model's order, which COCO's matching follows
-    return sorted((result for shard in shards for result in shard), key=lambda result: result["image_id"])
+            rank_of_image[image_id] = rank
+    # A stable sort: detections of an image keep the model's order, which decides between equal scores.
+    return sorted(itertools.chain(*shards), key=lambda result: position[result["image_id"]])
 
 
 # --- the ground truth and a results file -----------------------------------------------------------------
@@ -462,9 +468,10 @@ def score_results(
         like AR300 in place of AR100.
     keypoint_sigmas: {category_id: [J floats]}; default COCO's for 17 keypoints, else the mean of COCO's.
 
-    Returns {"bbox": {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"},
-    "segm": the same, "keypoints": {"AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl"},
-    "per_class": {"bbox": {class name: AP}, ...}}; -1 where there is nothing to find.
+    Returns (metrics, per_class); -1 where there is nothing to find.
+        metrics: {"bbox": {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"},
+            "segm": the same, "keypoints": {"AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl"}}
+        per_class: {"bbox": {class name: AP}, ...}
     Masks and keypoints are scored by their own area even if the result carries a bbox, where pycocotools' loadRes
     would take the box's. The arguments are left as they are.
     Raises ValueError for results of unknown images or without the field to score, and for numbers that are not
@@ -504,7 +511,7 @@ def score_results(
         per_class[iou_type] = {
             class_name: _mean(precision[:, :, k, 0, -1]) for k, class_name in enumerate(class_names)
         }
-    return {**metrics, "per_class": per_class}
+    return metrics, per_class
 
 
 def _check_results(results, iou_types, images, category_ids, name):
@@ -706,9 +713,8 @@ def format_table(metrics):
     return "\n\n".join(blocks)
 
 
-def format_per_class(metrics):
-    """The AP of each class as text, a row for each, in the order of the category ids."""
-    per_class = metrics["per_class"]
+def format_per_class(per_class):
+    """score_results' AP of each class as text, a row for each, in the order of the category ids."""
     names = list(dict.fromkeys(name for classes in per_class.values() for name in classes))
     rows = [["class", *(f"{TITLES[iou_type]} AP" for iou_type in per_class)]]
     for name in names:
@@ -767,17 +773,16 @@ def main(argv=None):
     results = read_results(args.results)
     carried = [iou_type for iou_type, field in RESULT_FIELDS.items() if results and field in results[0]]
     iou_types = args.iou_types or carried or ["bbox"]
-    metrics = score_results(args.ground_truth, results, iou_types, evaluator=args.evaluator)
-    if not args.per_class:
-        del metrics["per_class"]
+    metrics, per_class = score_results(args.ground_truth, results, iou_types, evaluator=args.evaluator)
+    report = {**metrics, "per_class": per_class} if args.per_class else metrics
     if args.json == "-":
-        print(json.dumps(metrics, indent=2))
+        print(json.dumps(report, indent=2))
         return
     print(format_table(metrics))
     if args.per_class:
-        print("\n" + format_per_class(metrics))
+        print("\n" + format_per_class(per_class))
     if args.json:
-        write_json(args.json, metrics)
+        write_json(args.json, report)
 
 
 if __name__ == "__main__":
