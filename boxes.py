@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import nms
 
@@ -72,8 +71,8 @@ def pairwise_iou(a, b):
     """
     a_x0, a_y0, a_x1, a_y1 = (c.unsqueeze(-1) for c in a.unbind(-1))
     b_x0, b_y0, b_x1, b_y1 = (c.unsqueeze(-2) for c in b.unbind(-1))
-    intersection = (torch.minimum(a_x1, b_x1) - torch.maximum(a_x0, b_x0)).clamp_(min=0)
-    intersection *= (torch.minimum(a_y1, b_y1) - torch.maximum(a_y0, b_y0)).clamp_(min=0)
+    intersection = torch.minimum(a_x1, b_x1).sub_(torch.maximum(a_x0, b_x0)).clamp_(min=0)
+    intersection *= torch.minimum(a_y1, b_y1).sub_(torch.maximum(a_y0, b_y0)).clamp_(min=0)
     union = (area(a).unsqueeze(-1) + area(b).unsqueeze(-2)).sub_(intersection)
     return intersection.div_(union)
 
@@ -93,7 +92,7 @@ def match(ground_truth, boxes, high, low, allow_low_quality=False):
     """
     num_images, num_objects = ground_truth.valid.shape
     num_boxes = boxes.shape[-2]
-    boxes = boxes.expand(num_images, num_boxes, 4)
+    boxes = boxes.mT.contiguous().mT  # each coordinate contiguous in memory: vector loads below
     best_iou = boxes.new_full((num_images, num_boxes), -1.0)
     best_object = torch.zeros((num_images, num_boxes), dtype=torch.int64, device=boxes.device)
     best_of_any = torch.zeros((num_images, num_boxes), dtype=torch.bool, device=boxes.device)
@@ -193,40 +192,49 @@ def clip(boxes, image_sizes):
     return torch.minimum(boxes.clamp(min=0), limits)
 
 
-def suppress(boxes, valid, iou_threshold, lengths):
-    """Non-maximum suppression within each run of boxes: a box goes if a kept, earlier one of its run overlaps
+def suppress(boxes, scores, valid, iou_threshold, lengths, num_keep):
+    """Non-maximum suppression within runs of boxes: a box goes if an earlier, kept box of its run overlaps
     it.
 
-    boxes: float32 [B, K, 4], valid: bool [B, K]; lengths: the runs' lengths, summing to K (the RPN's levels),
-    each run sorted by falling score. Boxes that are not valid neither stay nor suppress. Returns bool [B, K],
-    the boxes
-    that stay: the greedy algorithm's, on the boxes' own coordinates (torchvision.ops.batched_nms shifts small
-    batches by a multiple of the level, which rounds the coordinates).
+    boxes: float32 [B, K, 4]; scores: float32 [B, K]; valid: bool [B, K]; lengths: the runs' lengths, summing
+    to K (the RPN's levels), scores falling within each run. Boxes that are not valid neither stay nor
+    suppress.
+    num_keep: how many boxes of an image matter; survivors after the num_keep best of their image may be
+    missing. Returns bool [B, K], the boxes that stay: those of the greedy algorithm on the boxes' own
+    coordinates. (torchvision.ops.batched_nms shifts small batches by a multiple of the level, which rounds
+    coordinates.)
     """
-    if boxes.device.type == "cpu":
-        keep = torch.zeros_like(valid)
-        for image_boxes, image_valid, image_keep in zip(boxes, valid, keep, strict=True):
-            runs = zip(*(t.split(lengths) for t in (image_boxes, image_valid, image_keep)), strict=True)
-            for run_boxes, run_valid, run_keep in runs:
-                # A run is sorted already, so its order may stand in for the scores; the invalid go last.
-                order = torch.where(run_valid, torch.arange(len(run_valid), 0.0, -1), 0.0)
-                run_keep.index_fill_(0, nms(run_boxes, order, iou_threshold), True)
-        return keep & valid
-    longest = max(lengths)
-    pad = [(0, longest - length) for length in lengths]
-    runs = torch.stack([F.pad(b, (0, 0, *p)) for b, p in zip(boxes.split(lengths, 1), pad, strict=True)], 1)
-    runs_valid = torch.stack([F.pad(v, p) for v, p in zip(valid.split(lengths, 1), pad, strict=True)], 1)
-    keep = suppress_runs(runs.flatten(0, 1), runs_valid.flatten(0, 1), iou_threshold).view(runs_valid.shape)
-    return torch.cat([k[:, :length] for k, length in zip(keep.unbind(1), lengths, strict=True)], dim=1)
+    if boxes.device.type != "cpu":
+        runs = torch.stack([_pad_rows(run, max(lengths)) for run in boxes.split(lengths, dim=1)], dim=1)
+        runs_valid = torch.stack([_pad_rows(run, max(lengths)) for run in valid.split(lengths, dim=1)], dim=1)
+        keep = suppress_runs(runs.flatten(0, 1), runs_valid.flatten(0, 1), iou_threshold).view_as(runs_valid)
+        return torch.cat([run[:, :n] for run, n in zip(keep.unbind(1), lengths, strict=True)], dim=1)
+    # The scalar kernel's time grows with the square of a run. Boxes below the num_keep best survivors cannot
+    # change these, so try the better part of the candidates first.
+    keep = torch.zeros_like(valid)
+    for image in range(len(boxes)):
+        scores_valid = torch.where(valid[image], scores[image], -1.0)
+        for num_tried in (2 * num_keep, len(scores_valid)):
+            lowest = scores_valid.topk(min(num_tried, len(scores_valid))).values[-1]
+            tried = valid[image] & (scores_valid >= lowest)
+            first = 0
+            for length in lengths:
+                run = tried[first : first + length].nonzero().squeeze(1) + first
+                kept = nms(boxes[image, run], scores[image, run], iou_threshold)
+                keep[image].index_fill_(0, run[kept], True)
+                first += length
+            if num_tried >= len(scores_valid) or keep[image].sum() >= num_keep:
+                break
+    return keep
 
 
 def suppress_runs(boxes, valid, iou_threshold, block=256, num_sweeps=16):
     """`suppress` for runs of one length, without a data-dependent shape: boxes [S, N, 4], valid bool [S, N].
 
     Blocks of boxes are settled in turn. Within a block, "kept = valid and not overlapped by an earlier kept
-    one" is repeated until nothing changes; the boxes settled so far grow by at least one a sweep, so the
-    fixed point is the greedy answer. Few sweeps are needed; one look at the device at the end tells whether
-    they were enough, and `block` sweeps always are.
+    one" is repeated until nothing changes; each sweep settles at least one more box, so what no longer
+    changes is the greedy answer. Few sweeps are needed. One look at the device, at the end, tells whether
+    they were enough; `block` sweeps always are.
     """
     keep = valid.clone()
     settled = torch.ones((), dtype=torch.bool, device=boxes.device)
@@ -240,6 +248,13 @@ def suppress_runs(boxes, valid, iou_threshold, block=256, num_sweeps=16):
         settled &= (before == kept).all()
         keep[:, start : start + block] = kept
         keep[:, start + block :] &= ~(overlaps[:, :, block:] & kept[:, :, None]).any(dim=1)
-    if num_sweeps < block and not settled:
+    if num_sweeps <= block and not settled:
         return suppress_runs(boxes, valid, iou_threshold, block, num_sweeps=block + 1)
     return keep
+
+
+def _pad_rows(values, length):
+    """values [B, N, ...] with zero rows appended: [B, length, ...]."""
+    padded = values.new_zeros(len(values), length, *values.shape[2:])
+    padded[:, : values.shape[1]] = values
+    return padded

@@ -175,10 +175,11 @@ class RegionProposalNetwork(torchvision.models.detection.rpn.RegionProposalNetwo
 
         width, height = (boxes[..., 2:] - boxes[..., :2]).unbind(-1)
         valid = (width >= self.min_size) & (height >= self.min_size) & (scores >= self.score_thresh)
-        valid = suppress(boxes, valid, self.nms_thresh, [level.shape[1] for level in top_logits])
+        lengths = [level.shape[1] for level in top_logits]
+        num_proposals = self.post_nms_top_n()
+        valid = suppress(boxes, scores, valid, self.nms_thresh, lengths, num_proposals)
 
         scores, order = torch.where(valid, scores, -1.0).sort(dim=1, descending=True, stable=True)
-        num_proposals = self.post_nms_top_n()
         order, valid = order[:, :num_proposals], scores[:, :num_proposals] >= 0
         boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4)) * valid[..., None]
         missing = num_proposals - order.shape[1]  # small images have fewer candidates
@@ -249,41 +250,39 @@ def sparse_head(head, features, indices, levels):
     levels: int64 [L, 3], first anchor, height and width of each level.
     Returns logits [B, S] and deltas [B, S, 4], equal to the dense head's at those anchors.
 
-    Each sample's receptive field is gathered from the features' channels-last tables and the convolutions
-    become matrix products on it; the gather's transpose adds the gradients back. Works in the autocast dtype,
-    as the dense head does.
+    A convolution's window is nine places; the windows of all convolutions together name 9 ** depth rows of
+    the features' channels-last tables for each sample. Those are gathered, each convolution becomes a matrix
+    product, and the gather's transpose adds the gradients back. Works in the autocast dtype, as the dense
+    head does.
     """
     num_images, num_samples = indices.shape
-    depth, num_anchors = len(head.conv), head.cls_logits.out_channels
+    num_anchors = head.cls_logits.out_channels
     level = (indices[..., None] >= levels[1:, 0]).sum(dim=2)  # [B, S]
-    first, height, width = (column[..., None, None] for column in levels[level].unbind(dim=2))  # [B, S, 1, 1]
-    place = (indices[..., None, None] - first) // num_anchors
-    offsets = torch.arange(-depth, depth + 1, device=indices.device)
-    y = place // width + offsets[:, None]  # [B, S, 2 * depth + 1, 1]
-    x = place % width + offsets  # [B, S, 1, 2 * depth + 1]
-    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)  # [B, S, 2 * depth + 1, 2 * depth + 1]
-    image = torch.arange(num_images, device=indices.device)[:, None, None, None]
+    first, height, width = levels[level].unsqueeze(2).unbind(dim=3)  # [B, S, 1]
+    place, anchor = (indices[..., None] - first) // num_anchors, (indices[..., None] - first) % num_anchors
+    y, x = place // width, place % width
+    step = torch.arange(-1, 2, device=indices.device)
+    insides = []
+    for _ in head.conv:  # from the last output back to the features: [B, S, 1] -> [B, S, 9 ** depth]
+        insides.append((y >= 0) & (y < height) & (x >= 0) & (x < width))
+        y = (y[..., None, None] + step[:, None]).expand(-1, -1, -1, 3, 3).flatten(2)
+        x = (x[..., None, None] + step).expand(-1, -1, -1, 3, 3).flatten(2)
+    image = torch.arange(num_images, device=indices.device)[:, None, None]
     # Rows of all levels' tables, one table after another; a level's table holds its images one after another.
     rows = first // num_anchors * num_images + (image * height + y) * width + x
     num_rows = sum(feature.shape[0] * feature.shape[2] * feature.shape[3] for feature in features)
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
     rows = torch.where(inside, rows, num_rows).flatten()  # the row past the end stands for the zero padding
     tables = [feature.permute(0, 2, 3, 1).reshape(-1, feature.shape[1]) for feature in features]
 
-    inside = inside.flatten(0, 1)[..., None]  # [B * S, side, side, 1]
-    hidden = GatherRows.apply(rows, *tables).view(*inside.shape[:3], -1)  # [B * S, side, side, C]
-    for block in head.conv:
+    hidden = GatherRows.apply(rows, *tables)  # [B * S * 9 ** depth, C]
+    for block, inside in zip(head.conv, reversed(insides), strict=True):
         conv = block[0]
-        windows = (
-            hidden.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3)
-        )  # [.., side - 2, side - 2, 3, 3, C]
         weight = conv.weight.permute(0, 2, 3, 1).flatten(1)  # [C, 9 * C]
-        hidden = F.linear(windows.flatten(3), weight, conv.bias).relu()
-        inside = inside[:, 1:-1, 1:-1]
-        if hidden.shape[1] > 1:
-            # The next convolution sees zeros outside the map, not this one's answer there.
-            hidden = torch.where(inside, hidden, 0)
-    hidden = hidden.flatten(1)  # [B * S, C]
-    anchor = (indices - first[..., 0, 0]).remainder(num_anchors).view(-1, 1)  # [B * S, 1]
+        hidden = F.linear(hidden.view(-1, weight.shape[1]), weight, conv.bias).relu()
+        # The next convolution sees zeros outside the map, not this one's answer there.
+        hidden = torch.where(inside.view(-1, 1), hidden, 0)
+    anchor = anchor.view(-1, 1)  # [B * S, 1]
     logits = F.linear(hidden, head.cls_logits.weight.flatten(1), head.cls_logits.bias).gather(1, anchor)
     deltas = F.linear(hidden, head.bbox_pred.weight.flatten(1), head.bbox_pred.bias).view(-1, num_anchors, 4)
     deltas = deltas.gather(1, anchor[..., None].expand(-1, -1, 4))
