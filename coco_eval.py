@@ -9,7 +9,7 @@ import contextlib
 import io
 import itertools
 import json
-import numbers
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -25,7 +25,8 @@ from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from masks import check_frame, check_polygon, rle_counts
+from coco_utils import load_index
+from masks import check_frame, rle_counts
 from utils import UserError, write_json
 
 MASK_THRESHOLD = 0.5
@@ -40,7 +41,7 @@ TITLES = {"bbox": "box", "segm": "mask", "keypoints": "keypoints"}
 
 # How far annotators stray on each of COCO's 17 keypoints, from pycocotools' Params. For other keypoints nobody has
 # measured it: they take the mean.
-COCO_SIGMAS = np.array([26, 25, 25, 35, 35, 79, 79, 72, 72, 62, 62, 107, 107, 87, 87, 89, 89]) / 1000
+COCO_SIGMAS = [x / 1000 for x in (26, 25, 25, 35, 35, 79, 79, 72, 72, 62, 62, 107, 107, 87, 87, 89, 89)]
 
 
 # --- masks -------------------------------------------------------------------------------------------
@@ -290,55 +291,51 @@ def gather_results(results, image_ids, group=None):
 def read_ground_truth(path):
     """Read an annotation file for scoring.
 
-    Returns {"images", "categories", "annotations"}. Each annotation has id, image_id, category_id, iscrowd (0 where
-    missing), area (where missing the mask's, or else the box's) and, where the file has them, bbox, segmentation
-    (polygons of less than three points left out), keypoints and num_keypoints.
-    Raises UserError for a file that cannot be scored. Warns of annotations that are left out.
+    Returns {"images": [{"id", "height", "width"}], "categories": [{"id", "name", "keypoints": names}], "annotations"}.
+    An annotation has id, image_id, category_id, bbox xywh (as in the file: not clipped), iscrowd (0 where missing),
+    area (where missing the mask's, or else the box's), segmentation ([] where there is none), and with keypoints
+    "keypoints" and "num_keypoints".
+    Raises UserError for a file that cannot be used. Warns of annotations that are left out.
     """
-    dataset = _read_json(path)
-    if not isinstance(dataset, dict) or any(
-        not isinstance(dataset.get(key), list) for key in ("images", "annotations", "categories")
-    ):
-        raise UserError(
-            f"{path}: is no COCO annotation file; it needs the lists images, annotations and categories"
-        )
-    images = _by_id(path, "image", dataset["images"])
-    categories = _by_id(path, "category", dataset["categories"])
-    _by_id(path, "annotation", dataset["annotations"])
-    annotations, orphans, flat = [], [], []
-    for annotation in dataset["annotations"]:
-        where = f"{path}: annotation {annotation['id']} (image {annotation.get('image_id')!r})"
-        if annotation.get("category_id") not in categories:
-            raise UserError(
-                f"{where} has category {annotation.get('category_id')!r}, which the file does not list; "
-                "add the category, or remove the annotation"
-            )
-        if annotation.get("image_id") not in images:
-            orphans.append(annotation["id"])
+    index = load_index(path)
+    content = json.loads(Path(path).read_bytes())
+    sizes = dict(zip(index.image_ids.tolist(), index.sizes.tolist(), strict=True))
+    usable = set(index.annotation_ids.tolist())
+    annotations = []
+    for annotation in content["annotations"]:
+        if annotation["id"] not in usable:
             continue
-        keys = ("id", "image_id", "category_id", "area", "bbox", "segmentation", "keypoints", "num_keypoints")
-        clean = {key: annotation[key] for key in keys if key in annotation}
-        clean["iscrowd"] = annotation.get("iscrowd", 0)
-        image = images[annotation["image_id"]]
-        try:
-            if "bbox" in clean:
-                _check_box(clean["bbox"])
-                if min(clean["bbox"][2:]) <= 0:
-                    flat.append(annotation["id"])
-                    continue
-            if "segmentation" in clean:
-                clean["segmentation"] = _check_segmentation(clean["segmentation"], image)
-            if "keypoints" in clean:
-                clean["num_keypoints"] = _count_keypoints(clean)
-            clean.setdefault("area", _area(clean, image))
-        except ValueError as error:
-            raise UserError(f"{where}: {error}; `coco_utils.py check` lists every such annotation") from error
+        clean = {key: annotation[key] for key in ("id", "image_id", "category_id", "bbox")}
+        clean["iscrowd"] = int(annotation.get("iscrowd", 0))
+        clean["segmentation"] = segmentation = annotation.get("segmentation") or []
+        if isinstance(
+            segmentation, list
+        ):  # what is shorter is no polygon; an odd number at the end is ignored
+            clean["segmentation"] = [
+                polygon[: len(polygon) // 2 * 2] for polygon in segmentation if len(polygon) >= 6
+            ]
+        clean["area"] = (
+            annotation["area"] if "area" in annotation else _area(clean, *sizes[annotation["image_id"]])
+        )
+        if not isinstance(clean["area"], (int, float)) or not 0 <= clean["area"] < math.inf:
+            raise UserError(
+                f"{path}: annotation {annotation['id']} has area {clean['area']!r:.40}; remove it, or correct it"
+            )
+        if annotation.get("keypoints"):
+            visible = sum(visibility > 0 for visibility in annotation["keypoints"][2::3])
+            clean |= {
+                "keypoints": annotation["keypoints"],
+                "num_keypoints": annotation.get("num_keypoints", visible),
+            }
         annotations.append(clean)
-    _warn(path, orphans, "annotation", "of images that the file does not list", "left out")
-    _warn(path, flat, "annotation", "with a box of no width or height", "left out")
     return {
-        "images": list(images.values()),
-        "categories": list(categories.values()),
+        "images": [
+            {"id": image, "height": height, "width": width} for image, (height, width) in sizes.items()
+        ],
+        "categories": [
+            {"id": category["id"], "name": name, "keypoints": category.get("keypoints", [])}
+            for category, name in zip(content["categories"], _class_names(content["categories"]), strict=True)
+        ],
         "annotations": annotations,
     }
 
@@ -346,110 +343,82 @@ def read_ground_truth(path):
 def read_results(path):
     """Read a COCO results file: the list of its dicts, in the file's order.
 
-    Raises UserError if it is not a list of results, or if an RLE does not fill its own size (native code would read
-    past its buffers).
+    Raises UserError if it is not a list of results, if an id or a number is none, or if an RLE does not fill its own
+    size (native code would read past its buffers).
     """
-    results = _read_json(path)
-    if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
-        raise UserError(f"{path}: is no COCO results file; it must hold a list of results")
+    try:
+        results = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; check the path") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not valid JSON ({error}); is it cut off?") from None
+    if not isinstance(results, list):
+        raise UserError(
+            f"{path}: holds a {type(results).__name__}, not a list of results; is it the annotation file?"
+        )
     for number, result in enumerate(results):
-        where = f"{path}: result {number} (image {result.get('image_id')!r})"
-        for key in ("image_id", "category_id", "score"):
-            if key not in result:
-                raise UserError(f"{where} has no {key}; every result needs image_id, category_id and score")
-        if "segmentation" in result:
-            rle = result["segmentation"]
-            try:
-                if not isinstance(rle, dict) or not isinstance(rle.get("counts"), str):
-                    raise ValueError("segmentation is no compressed RLE; polygons must be encoded first")
-                height, width = rle["size"]
-                check_frame(height, width)
-                rle_counts(rle, height, width)
-            except (KeyError, TypeError, ValueError) as error:
-                raise UserError(f"{where}: {error}") from error
+        try:
+            _check_result(result)
+        except ValueError as error:
+            raise UserError(f"{path}: result {number} {error}") from None
     return results
 
 
-def _read_json(path):
-    try:
-        return json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; check the path") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not valid JSON ({error}); is the file cut off?") from error
+def _check_result(result):
+    """Raises ValueError for a result that is not of COCO's form. NaN and infinity pass: score_results refuses them."""
+    if not isinstance(result, dict):
+        raise ValueError(f"is {result!r:.40}, not an object")
+    for key in ("image_id", "category_id"):
+        if type(result.get(key)) is not int:
+            raise ValueError(f"has {key} {result.get(key)!r:.40}, not an integer")
+    numbers = [result.get("score"), *_list(result, "bbox"), *_list(result, "keypoints")]
+    wrong = [number for number in numbers if type(number) not in (int, float)]
+    if wrong:
+        raise ValueError(f"has {wrong[0]!r:.40} where a number must be in its score, bbox or keypoints")
+    if "segmentation" in result:
+        rle = result["segmentation"]
+        if not isinstance(rle, dict) or not isinstance(rle.get("counts"), str):
+            raise ValueError("has a segmentation that is no compressed RLE; encode polygons first")
+        size = _list(rle, "size")
+        if [type(side) for side in size] != [int, int]:
+            raise ValueError(f"has an RLE of size {size!r:.40}, not [height, width]")
+        check_frame(*size)
+        rle_counts(rle, *size)
 
 
-def _by_id(path, kind, records):
-    """Records by their id. Raises UserError for an id that is no integer or occurs twice."""
-    by_id = {}
-    for record in records:
-        identity = record.get("id") if isinstance(record, dict) else None
-        if not isinstance(identity, int) or isinstance(identity, bool):
-            raise UserError(f"{path}: {kind} id {identity!r} is no integer; give every {kind} an integer id")
-        if identity in by_id:
-            raise UserError(f"{path}: two of the {kind} records have id {identity}; ids must differ")
-        by_id[identity] = record
-    return by_id
+def _list(record, key):
+    value = record.get(key, [])
+    if not isinstance(value, list):
+        raise ValueError(f"has {key} {value!r:.40}, not a list")
+    return value
 
 
-def _check_box(box):
-    """Raises ValueError unless box is four finite numbers."""
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, numbers.Real) for v in box):
-        raise ValueError(f"bbox {box!r:.60} is not four numbers x, y, width, height")
-    if not np.isfinite(box).all() or max(map(abs, box)) > 1e8:
-        raise ValueError(f"bbox {box} has a number that is not finite or beyond 1e8")
+def _class_names(categories):
+    """A name for each category; those that share one are told apart by their id."""
+    names = [category["name"] for category in categories]
+    return [
+        name if names.count(name) == 1 else f"{name} ({category['id']})"
+        for category, name in zip(categories, names, strict=True)
+    ]
 
 
-def _check_segmentation(segmentation, image):
-    """What native code takes of a segmentation: its polygons of three points and more, or its RLE."""
-    height, width = image.get("height"), image.get("width")
-    if not isinstance(height, int) or not isinstance(width, int):
-        raise ValueError(f"image {image['id']} has no integer height and width, which masks need")
-    check_frame(height, width)
-    if isinstance(segmentation, dict):
-        rle_counts(segmentation, height, width)
-        return segmentation
-    if not isinstance(segmentation, list):
-        raise ValueError(f"segmentation {segmentation!r:.40} is neither polygons nor an RLE")
-    polygons = [check_polygon(polygon) for polygon in segmentation]
-    return [polygon.tolist() for polygon in polygons if polygon is not None]
-
-
-def _count_keypoints(annotation):
-    keypoints = annotation["keypoints"]
-    if not isinstance(keypoints, list) or len(keypoints) % 3 or not all(np.isfinite(keypoints)):
-        raise ValueError("keypoints are not x, y, visibility of each, all finite")
-    return annotation.get("num_keypoints", sum(v > 0 for v in keypoints[2::3]))
-
-
-def _area(annotation, image):
-    if annotation.get("segmentation"):
-        return float(mask_api.area(_to_rle(annotation["segmentation"], image)))
-    if "bbox" in annotation:
+def _area(annotation, height, width):
+    """Pixels of the annotation's mask; without one, of its box."""
+    rle = annotation["segmentation"]
+    if not rle:
         return float(annotation["bbox"][2] * annotation["bbox"][3])
-    raise ValueError("it has neither a bbox nor a segmentation")
-
-
-def _to_rle(segmentation, image):
-    """A checked segmentation as one compressed RLE."""
-    if isinstance(segmentation, dict) and isinstance(segmentation["counts"], (str, bytes)):
-        return segmentation
-    rles = mask_api.frPyObjects(segmentation, image["height"], image["width"])
-    return mask_api.merge(rles) if isinstance(segmentation, list) else rles
-
-
-def _warn(path, ids, kind, what, consequence):
-    """One warning for all the ids of a kind, with the first few."""
-    if ids:
-        examples = ", ".join(map(str, ids[:5])) + (", …" if len(ids) > 5 else "")
-        warnings.warn(f"{path}: {len(ids)} {kind}s {what} ({examples}): {consequence}", stacklevel=3)
+    if isinstance(rle, list):
+        rle = mask_api.merge(mask_api.frPyObjects(rle, height, width))
+    elif isinstance(rle["counts"], list):
+        rle = mask_api.frPyObjects(rle, height, width)
+    return float(mask_api.area(rle))
 
 
 # --- scoring -----------------------------------------------------------------------------------------------
 
 
 def score_results(
-    annotation_file,
+    ground_truth,
     results,
     iou_types,
     evaluator="hotcoco",
@@ -457,165 +426,164 @@ def score_results(
     max_detections=100,
     keypoint_sigmas=None,
 ):
-    """COCO's metrics of results against an annotation file, in full precision.
+    """COCO's metrics of results, in full precision.
 
-    annotation_file: its path, or what read_ground_truth made of it.
+    ground_truth: path of the annotation file, or what read_ground_truth made of it.
     results: COCO results; of equal scores in an image the earlier is matched first.
     iou_types: of "bbox", "segm", "keypoints".
     evaluator: "hotcoco" or "pycocotools"; their numbers are equal to the last bit.
     image_ids: score these images only (default: all of the file).
-    max_detections: of a class in an image. COCO's is 100; metrics of others compare with nobody's, and show it by a name
-        like AR300 in place of AR100.
+    max_detections: of a class in an image. COCO's is 100 (20 for keypoints, whatever is given here); metrics of another
+        number compare with nobody's, and show it by a name like AR300 in place of AR100.
     keypoint_sigmas: {category_id: [J floats]}; default COCO's for 17 keypoints, else the mean of COCO's.
 
     Returns (metrics, per_class); -1 where there is nothing to find.
         metrics: {"bbox": {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"},
             "segm": the same, "keypoints": {"AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl"}}
         per_class: {"bbox": {class name: AP}, ...}
-    Masks and keypoints are scored by their own area even if the result carries a bbox, where pycocotools' loadRes
-    would take the box's. The arguments are left as they are.
-    Raises ValueError for results of unknown images or without the field to score, and for numbers that are not
-    finite. Warns of results of unknown categories, and leaves them out.
+    Masks and keypoints are scored by their own area even if the result carries a bbox, where pycocotools' loadRes would
+    take the box's. The arguments are left as they are.
+    Raises ValueError for results of unknown images, without the field to score, or with numbers that are not finite,
+    and for keypoints where the file has none. Warns of results of unknown categories, and leaves them out.
     Source: pycocotools/cocoeval.py.
     """
     if evaluator not in EVALUATORS:
         raise ValueError(f"evaluator {evaluator!r}: must be one of {', '.join(EVALUATORS)}")
-    if isinstance(annotation_file, dict):
-        dataset, name = annotation_file, "the annotations"
-    else:
-        dataset, name = read_ground_truth(annotation_file), annotation_file
-    images = {image["id"]: image for image in dataset["images"]}
-    wanted = images.keys() if image_ids is None else set(image_ids)
-    if not wanted <= images.keys():
-        raise ValueError(f"image {min(wanted - images.keys())} is to be scored, but is not in {name}")
-    _check_results(results, iou_types, images, {category["id"] for category in dataset["categories"]}, name)
+    if not set(iou_types) <= RESULT_FIELDS.keys():
+        raise ValueError(f"iou types {', '.join(iou_types)}: must be of {', '.join(RESULT_FIELDS)}")
+    if not isinstance(ground_truth, dict):
+        ground_truth = read_ground_truth(ground_truth)
+    sizes = {image["id"]: [image["height"], image["width"]] for image in ground_truth["images"]}
+    category_ids = {category["id"] for category in ground_truth["categories"]}
+    wanted = sizes.keys() if image_ids is None else set(image_ids)
+    if not wanted <= sizes.keys():
+        raise ValueError(
+            f"image {min(wanted - sizes.keys())} is to be scored, but the annotation file has none such"
+        )
+    num_keypoints = max((len(category["keypoints"]) for category in ground_truth["categories"]), default=0)
+    if "keypoints" in iou_types and not num_keypoints:
+        raise ValueError("the annotation file has no keypoints to score against; score boxes or masks")
+    _check_results(results, iou_types, sizes, num_keypoints)
+    _warn_of_categories([r["category_id"] for r in results if r["category_id"] not in category_ids])
 
     metrics, per_class = {}, {}
     for iou_type in iou_types:
         limits = [20] if iou_type == "keypoints" else [1, 10, max_detections]
-        class_names, precisions, recalls = [], [], []
-        for truth, sigmas in _truths(dataset, wanted, iou_type, keypoint_sigmas, name):
-            ids = {category["id"] for category in truth["categories"]}
-            fields = ("image_id", "category_id", "score", RESULT_FIELDS[iou_type])  # no bbox beside a mask
+        fields = ("image_id", "category_id", "score", RESULT_FIELDS[iou_type])  # not the bbox beside a mask
+        names, precisions, recalls = [], [], []
+        truth = _annotations_of(ground_truth, iou_type, wanted)
+        parts = _split_by_sigmas(truth, keypoint_sigmas or {}) if iou_type == "keypoints" else [(truth, None)]
+        for truth, sigmas in parts:
+            members = {category["id"]: category["name"] for category in truth["categories"]}
             detections = [
                 {field: result[field] for field in fields}
                 for result in results
-                if result["image_id"] in wanted and result["category_id"] in ids
+                if result["image_id"] in wanted and result["category_id"] in members
             ]
             precision, recall = EVALUATORS[evaluator](truth, detections, iou_type, limits, sigmas)
-            class_names += [category["name"] for category in truth["categories"]]
+            names += members.values()
             precisions.append(precision)
             recalls.append(recall)
         precision, recall = np.concatenate(precisions, axis=2), np.concatenate(recalls, axis=1)
         metrics[iou_type] = _summarise(precision, recall, iou_type, limits)
-        per_class[iou_type] = {
-            class_name: _mean(precision[:, :, k, 0, -1]) for k, class_name in enumerate(class_names)
-        }
+        per_class[iou_type] = {name: _mean(precision[:, :, k, 0, -1]) for k, name in enumerate(names)}
     return metrics, per_class
 
 
-def _check_results(results, iou_types, images, category_ids, name):
-    """Raises ValueError for what would give a wrong number or crash native code; warns of unknown categories.
+def _check_results(results, iou_types, sizes, num_keypoints):
+    """Raises ValueError for what would give a wrong number or crash native code.
 
-    images: the annotation file's, by id. category_ids: the file's. name: of the file, for the messages.
+    sizes: {image_id: [height, width]}. num_keypoints: J.
     """
-    unknown = sorted({str(result["image_id"]) for result in results if result["image_id"] not in images})
+    unknown = sorted({str(result["image_id"]) for result in results if result["image_id"] not in sizes})
     if unknown:
         raise ValueError(
-            f"results of {len(unknown)} images that are not in {name} (ids {', '.join(unknown[:5])}); "
+            f"results of {len(unknown)} images that the annotation file does not list (ids {', '.join(unknown[:5])}); "
             "score them against the annotations of the images that were predicted"
         )
-    unknown = [result["category_id"] for result in results if result["category_id"] not in category_ids]
-    if unknown:
-        examples = ", ".join(sorted({str(category) for category in unknown})[:5])
-        warnings.warn(
-            f"{len(unknown)} results of categories that are not in {name} (ids {examples}): left out",
-            stacklevel=3,
-        )
-    _check_finite(results, "score", ())
-    for iou_type in iou_types:
-        if iou_type not in RESULT_FIELDS:
-            raise ValueError(f"iou type {iou_type!r}: must be one of {', '.join(RESULT_FIELDS)}")
-        field = RESULT_FIELDS[iou_type]
-        for number, result in enumerate(results):
-            if field not in result:
-                raise ValueError(f"result {number} (image {result['image_id']}) has no {field} to score")
+    _check_numbers(results, "score", 1)
     if "bbox" in iou_types:
-        _check_finite(results, "bbox", (4,))
+        _check_numbers(results, "bbox", 4)
+    if "keypoints" in iou_types:
+        _check_numbers(results, "keypoints", 3 * num_keypoints)
     if "segm" in iou_types:
         for number, result in enumerate(results):
-            image, size = images[result["image_id"]], result["segmentation"]["size"]
-            if list(size) != [image.get("height"), image.get("width")]:
+            size = result["segmentation"]["size"] if "segmentation" in result else None
+            if size != sizes[result["image_id"]]:
                 raise ValueError(
-                    f"result {number} (image {image['id']}) has a mask of size {size}, but {name} says "
-                    f"{[image.get('height'), image.get('width')]} (height, width)"
+                    f"result {number} (image {result['image_id']}) has "
+                    f"{'no mask' if size is None else f'a mask of size {size}'}, but its image is "
+                    f"{sizes[result['image_id']]} (height, width)"
                 )
-    if "keypoints" in iou_types:
-        by_length = {}
-        for result in results:
-            by_length.setdefault(len(result["keypoints"]), []).append(result)
-        for length, some in by_length.items():
-            _check_finite(some, "keypoints", (length,))
 
 
-def _check_finite(results, field, shape):
-    """Raises ValueError unless results[i][field] are finite numbers of this shape."""
-    try:
-        values = np.array([result[field] for result in results], np.float64)
-    except (TypeError, ValueError):
-        values = None
-    if values is None or values.shape[1:] != shape:
-        raise ValueError(
-            f"a result has a {field} that is not {'one number' if not shape else f'{shape[0]} numbers'}"
+def _check_numbers(results, field, length):
+    """Raises ValueError unless every result's `field` is `length` finite numbers (the score: one, not in a list)."""
+    for number, result in enumerate(results):
+        values = result.get(field)
+        try:
+            row = [values] if field == "score" else values
+            good = len(row) == length and all(map(math.isfinite, row))
+        except (TypeError, OverflowError):  # not there, not a number, an integer beyond the floats
+            good = False
+        if not good:
+            raise ValueError(
+                f"result {number} (image {result['image_id']}) has {field} {values!r:.60}; scoring needs "
+                f"{'a finite number' if field == 'score' else f'{length} finite numbers'}"
+            )
+
+
+def _warn_of_categories(unknown):
+    """unknown: the category id of each result that is left out."""
+    if unknown:
+        examples = ", ".join(sorted({str(category_id) for category_id in unknown})[:5])
+        warnings.warn(
+            f"{len(unknown)} results of categories that the annotation file does not list (ids {examples}): left out",
+            stacklevel=3,
         )
-    bad = np.flatnonzero(~np.isfinite(values.reshape(len(results), -1)).all(axis=1))
-    if len(bad):
-        result = results[bad[0]]
-        raise ValueError(
-            f"{len(bad)} results have a {field} that is not finite, the first of image {result['image_id']}: "
-            f"{result[field]}; such a detection cannot be ranked or matched"
-        )
 
 
-def _truths(dataset, image_ids, iou_type, keypoint_sigmas, name):
-    """Yield what an evaluator scores at once: (ground truth, sigmas).
+def _annotations_of(ground_truth, iou_type, image_ids):
+    """The ground truth as an evaluator takes it: of some images, with what one iou type needs.
 
-    One for boxes and for masks (sigmas None); for keypoints one for each set of sigmas, as an evaluator takes one.
-    Categories are sorted by id. Annotations are copies, numbered from 1: COCO's matching takes id 0 for "unmatched".
+    Categories come sorted by id; annotations are copies, numbered from 1: COCO's matching takes id 0 for "unmatched".
     """
-    categories = sorted(dataset["categories"], key=lambda category: category["id"])
-    images = [image for image in dataset["images"] if image["id"] in image_ids]
-    annotations = [annotation for annotation in dataset["annotations"] if annotation["image_id"] in image_ids]
+    categories = sorted(ground_truth["categories"], key=lambda category: category["id"])
+    annotations = [
+        annotation for annotation in ground_truth["annotations"] if annotation["image_id"] in image_ids
+    ]
+    fields = ["image_id", "category_id", "iscrowd", "area", RESULT_FIELDS[iou_type]]
+    if iou_type == "segm":
+        annotations = [annotation for annotation in annotations if annotation["segmentation"]]
+    elif iou_type == "keypoints":
+        categories = [category for category in categories if category["keypoints"]]
+        with_keypoints = {category["id"] for category in categories}
+        none_visible = {"keypoints": [0, 0, 0] * len(categories[0]["keypoints"]), "num_keypoints": 0}
+        annotations = [none_visible | a for a in annotations if a["category_id"] in with_keypoints]
+        fields += ["bbox", "num_keypoints"]
+    return {
+        "images": [image for image in ground_truth["images"] if image["id"] in image_ids],
+        "categories": categories,
+        "annotations": [
+            {"id": number, **{field: annotation[field] for field in fields}}
+            for number, annotation in enumerate(annotations, start=1)
+        ],
+    }
 
-    def truth_of(categories, annotations, fields):
-        fields = ("image_id", "category_id", "iscrowd", "area", *fields)
-        fresh = [
-            {"id": n, **{field: a[field] for field in fields}} for n, a in enumerate(annotations, start=1)
+
+def _split_by_sigmas(truth, sigmas_by_category):
+    """Yield (a part of the ground truth, its sigmas): an evaluator takes one set of them for all its categories."""
+    groups = {}
+    for category in truth["categories"]:
+        count = len(category["keypoints"])
+        default = COCO_SIGMAS if count == len(COCO_SIGMAS) else [sum(COCO_SIGMAS) / len(COCO_SIGMAS)] * count
+        groups.setdefault(tuple(sigmas_by_category.get(category["id"], default)), []).append(category)
+    for sigmas, categories in groups.items():
+        members = {category["id"] for category in categories}
+        annotations = [
+            annotation for annotation in truth["annotations"] if annotation["category_id"] in members
         ]
-        return {"images": images, "categories": categories, "annotations": fresh}
-
-    if iou_type != "keypoints":
-        field = RESULT_FIELDS[iou_type]
-        lacking = [annotation["id"] for annotation in annotations if not annotation.get(field)]
-        _warn(name, lacking, "annotation", f"without {field}", f"left out of the {TITLES[iou_type]} metrics")
-        yield truth_of(categories, [a for a in annotations if a.get(field)], (field,)), None
-        return
-
-    num_keypoints = {category["id"]: len(category.get("keypoints", ())) for category in categories}
-    for annotation in annotations:
-        if annotation.get("keypoints"):
-            num_keypoints[annotation["category_id"]] = len(annotation["keypoints"]) // 3
-    sigmas_of = {}
-    for category_id, count in num_keypoints.items():
-        default = COCO_SIGMAS if count == len(COCO_SIGMAS) else np.full(count, COCO_SIGMAS.mean())
-        sigmas_of[category_id] = tuple((keypoint_sigmas or {}).get(category_id, default))
-    if not any(num_keypoints.values()):
-        raise ValueError(f"{name} has no keypoints to score against; leave keypoints out of the iou types")
-    for sigmas in sorted(set(sigmas_of.values()) - {()}):
-        members = [category for category in categories if sigmas_of[category["id"]] == sigmas]
-        none_visible = {"keypoints": [0] * 3 * len(sigmas), "num_keypoints": 0}
-        own = [{**none_visible, **a} for a in annotations if sigmas_of[a["category_id"]] == sigmas]
-        yield truth_of(members, own, ("bbox", "keypoints", "num_keypoints")), np.array(sigmas)
+        yield {**truth, "categories": categories, "annotations": annotations}, list(sigmas)
 
 
 def _evaluate_with_hotcoco(truth, detections, iou_type, limits, sigmas):
@@ -624,7 +592,7 @@ def _evaluate_with_hotcoco(truth, detections, iou_type, limits, sigmas):
     evaluation = hotcoco.COCOeval(coco, coco.load_res(detections), iou_type)
     evaluation.params.max_dets = limits
     if sigmas is not None:
-        evaluation.params.kpt_oks_sigmas = sigmas.tolist()
+        evaluation.params.kpt_oks_sigmas = sigmas
     evaluation.evaluate()
     evaluation.accumulate()
     return evaluation.eval["precision"], evaluation.eval["recall"]
@@ -650,7 +618,7 @@ def _evaluate_with_pycocotools(truth, detections, iou_type, limits, sigmas):
         evaluation = COCOeval(coco_truth, coco_detections, iou_type)
         evaluation.params.maxDets = limits
         if sigmas is not None:
-            evaluation.params.kpt_oks_sigmas = sigmas
+            evaluation.params.kpt_oks_sigmas = np.array(sigmas)
         evaluation.evaluate()
         evaluation.accumulate()
     return evaluation.eval["precision"], evaluation.eval["recall"]
@@ -769,26 +737,28 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
+    """Score and print. Returns the exit status: 2 after a mistake that the user can mend, told in one line."""
     args = parse_args(argv)
-    results = read_results(args.results)
-    carried = [iou_type for iou_type, field in RESULT_FIELDS.items() if results and field in results[0]]
-    iou_types = args.iou_types or carried or ["bbox"]
-    metrics, per_class = score_results(args.ground_truth, results, iou_types, evaluator=args.evaluator)
+    try:
+        results = read_results(args.results)
+        carried = [iou_type for iou_type, field in RESULT_FIELDS.items() if results and field in results[0]]
+        iou_types = args.iou_types or carried or ["bbox"]
+        metrics, per_class = score_results(args.ground_truth, results, iou_types, evaluator=args.evaluator)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     report = {**metrics, "per_class": per_class} if args.per_class else metrics
     if args.json == "-":
         print(json.dumps(report, indent=2))
-        return
+        return 0
     print(format_table(metrics))
     if args.per_class:
         print("\n" + format_per_class(per_class))
     if args.json:
         write_json(args.json, report)
+    return 0
 
 
 if __name__ == "__main__":
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())
