@@ -25,12 +25,12 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RPNHead
 
 from boxes import (
-    BACKGROUND,
     Proposals,
     clip,
+    closest_object,
     decode,
     encode,
-    match,
+    label_boxes,
     pad_ground_truth,
     sample_balanced,
     suppress,
@@ -194,7 +194,7 @@ class RegionProposalNetwork(torchvision.models.detection.rpn.RegionProposalNetwo
         """
         matcher, sampler = self.proposal_matcher, self.fg_bg_sampler
         ground_truth = pad_ground_truth(targets)
-        matches = match(
+        positive, negative = label_boxes(
             ground_truth,
             anchors,
             matcher.high_threshold,
@@ -202,9 +202,9 @@ class RegionProposalNetwork(torchvision.models.detection.rpn.RegionProposalNetwo
             matcher.allow_low_quality_matches,
         )
         indices, is_positive, valid = sample_balanced(
-            matches >= 0, matches == BACKGROUND, sampler.batch_size_per_image, sampler.positive_fraction, keys
+            positive, negative, sampler.batch_size_per_image, sampler.positive_fraction, keys
         )
-        objects = matches.gather(1, indices).clamp(min=0)
+        objects = closest_object(ground_truth, anchors[indices])
         matched_boxes = ground_truth.boxes.gather(1, objects[..., None].expand(-1, -1, 4))
         return indices, is_positive, valid, matched_boxes
 
