@@ -252,7 +252,7 @@ def renamed(state, own):
 
 
 def classifier_name(key, backbone, own, prefix):
-    """A classifier's parameter's name in a detector; a name without a place comes back as it is."""
+    """A classifier's parameter's name in a detector; one of a module without a place comes back as it is."""
     found = re.fullmatch(r"features\.(\d+)\.(.+)", key)
     if found and isinstance(backbone, SSDFeatureExtractorVGG):  # cut in two at the fourth pooling layer
         at = int(found[1]) - len(backbone.features)
@@ -270,9 +270,10 @@ def classifier_name(key, backbone, own, prefix):
     else:
         name = key
     for candidate in (name, name.removeprefix("features.")):
-        if prefix + candidate in own or renamed({prefix + candidate: None}, own).keys() <= own.keys():
+        module = f"{prefix}{candidate.split('.')[0]}."
+        if any(ours.startswith(module) for ours in own):
             return prefix + candidate
-    return prefix + name if stage_of(prefix + name) else key
+    return key
 
 
 # --- heads ---------------------------------------------------------------------------------------------
@@ -537,10 +538,13 @@ def read_torch(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load's errors for a damaged or refused file have no common class
-        wanted = re.search(r"Unsupported (?:global|class|operand)[^.\n]*", str(error).replace("GLOBAL ", ""))
-        detail = wanted[0] if wanted else first_line(error)
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        if wanted:
+            detail = f"it wants to run {wanted[1]}"
+        else:
+            detail = "not from torch.save" if isinstance(error, pickle.UnpicklingError) else first_line(error)
         raise UserError(
-            f"{path}: refused: damaged, or more than tensors and plain data in it ({detail})"
+            f"{path}: refused: damaged, or more than tensors and plain data ({detail})"
         ) from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a state_dict")
@@ -684,6 +688,7 @@ class PickledBytes(bytes):
 PICKLE_NAMES = {
     ("collections", "OrderedDict"): OrderedDict,
     ("_codecs", "encode"): PickledBytes,
+    ("__builtin__", "bytes"): PickledBytes,
     ("numpy", "ndarray"): PickledArray,
     ("numpy", "dtype"): PickledDtype,
     ("numpy.core.multiarray", "_reconstruct"): PickledArray,
