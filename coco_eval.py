@@ -26,7 +26,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from coco_utils import load_index
-from masks import check_frame, rle_counts
+from masks import check_frame, check_polygon, rle_counts
 from utils import UserError, write_json
 
 MASK_THRESHOLD = 0.5
@@ -44,7 +44,7 @@ TITLES = {"bbox": "box", "segm": "mask", "keypoints": "keypoints"}
 COCO_SIGMAS = [x / 1000 for x in (26, 25, 25, 35, 35, 79, 79, 72, 72, 62, 62, 107, 107, 87, 87, 89, 89)]
 
 
-# --- masks -------------------------------------------------------------------------------------------
+# --- masks ----------------------------------------------------------------------------------------
 
 
 class _Columns(NamedTuple):
@@ -202,7 +202,7 @@ def _encode_columns(columns, height, width):
     return [{"size": size, "counts": rle["counts"].decode("ascii")} for rle in rles]
 
 
-# --- predictions to results ----------------------------------------------------------------------------
+# --- predictions to results -----------------------------------------------------------------------
 
 
 def predictions_to_results(outputs, image_ids, image_sizes, category_ids):
@@ -285,7 +285,7 @@ def gather_results(results, image_ids, group=None):
     return sorted(itertools.chain(*shards), key=lambda result: position[result["image_id"]])
 
 
-# --- the ground truth and a results file -----------------------------------------------------------------
+# --- the ground truth and a results file ----------------------------------------------------------
 
 
 def read_ground_truth(path):
@@ -305,39 +305,40 @@ def read_ground_truth(path):
     for annotation in content["annotations"]:
         if annotation["id"] not in usable:
             continue
-        clean = {key: annotation[key] for key in ("id", "image_id", "category_id", "bbox")}
-        clean["iscrowd"] = int(annotation.get("iscrowd", 0))
-        clean["segmentation"] = segmentation = annotation.get("segmentation") or []
-        if isinstance(
-            segmentation, list
-        ):  # what is shorter is no polygon; an odd number at the end is ignored
-            clean["segmentation"] = [
-                polygon[: len(polygon) // 2 * 2] for polygon in segmentation if len(polygon) >= 6
-            ]
-        clean["area"] = (
-            annotation["area"] if "area" in annotation else _area(clean, *sizes[annotation["image_id"]])
-        )
-        if not isinstance(clean["area"], (int, float)) or not 0 <= clean["area"] < math.inf:
-            raise UserError(
-                f"{path}: annotation {annotation['id']} has area {clean['area']!r:.40}; remove it, or correct it"
-            )
-        if annotation.get("keypoints"):
-            visible = sum(visibility > 0 for visibility in annotation["keypoints"][2::3])
-            clean |= {
-                "keypoints": annotation["keypoints"],
-                "num_keypoints": annotation.get("num_keypoints", visible),
-            }
-        annotations.append(clean)
-    return {
-        "images": [
-            {"id": image, "height": height, "width": width} for image, (height, width) in sizes.items()
-        ],
-        "categories": [
-            {"id": category["id"], "name": name, "keypoints": category.get("keypoints", [])}
-            for category, name in zip(content["categories"], _class_names(content["categories"]), strict=True)
-        ],
-        "annotations": annotations,
-    }
+        try:
+            annotations.append(_clean_annotation(annotation, *sizes[annotation["image_id"]]))
+        except ValueError as error:
+            raise UserError(f"{path}: annotation {annotation['id']}: {error}; correct or remove it") from None
+    categories = [
+        {"id": category["id"], "name": name, "keypoints": category.get("keypoints", [])}
+        for category, name in zip(content["categories"], _class_names(content["categories"]), strict=True)
+    ]
+    images = [
+        {"id": image_id, "height": height, "width": width} for image_id, (height, width) in sizes.items()
+    ]
+    return {"images": images, "categories": categories, "annotations": annotations}
+
+
+def _clean_annotation(annotation, height, width):
+    """What scoring needs of one annotation, fit for native code. Raises ValueError where that cannot be."""
+    clean = {key: annotation[key] for key in ("id", "image_id", "category_id", "bbox")}
+    clean["iscrowd"] = int(annotation.get("iscrowd", 0))
+    segmentation = annotation.get("segmentation") or []
+    if isinstance(segmentation, dict):
+        rle_counts(segmentation, height, width)
+    else:
+        polygons = [check_polygon(polygon) for polygon in segmentation]
+        segmentation = [polygon.tolist() for polygon in polygons if polygon is not None]
+    clean["segmentation"] = segmentation
+    clean["area"] = annotation["area"] if "area" in annotation else _area(clean, height, width)
+    if not isinstance(clean["area"], (int, float)) or not 0 <= clean["area"] < math.inf:
+        raise ValueError(f"area {clean['area']!r:.40} is not a number of pixels")
+    if annotation.get("keypoints"):
+        clean["keypoints"] = annotation["keypoints"]
+        visible = sum(visibility > 0 for visibility in clean["keypoints"][2::3])
+        count = annotation.get("num_keypoints")
+        clean["num_keypoints"] = count if isinstance(count, int) else visible
+    return clean
 
 
 def read_results(path):
@@ -414,7 +415,7 @@ def _area(annotation, height, width):
     return float(mask_api.area(rle))
 
 
-# --- scoring -----------------------------------------------------------------------------------------------
+# --- scoring --------------------------------------------------------------------------------------
 
 
 def score_results(
@@ -657,7 +658,7 @@ def _mean(values):
     return float(present.mean()) if present.size else -1.0
 
 
-# --- tables ------------------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
 
 def format_table(metrics):
@@ -707,7 +708,7 @@ def _align(rows, left):
     return "\n".join(lines)
 
 
-# --- the command ---------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 def parse_args(argv=None):
