@@ -12,6 +12,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 
 import rcnn
 import weights as weights_module
+from masks import CroppedMasks
 from utils import UserError
 
 NAMES = list_models(module=detection)
@@ -45,6 +46,7 @@ def build_model(
     min_size=None,
     max_size=None,
     rpn_score_thresh=None,
+    rois_per_image=None,
     detections_per_image=None,
     reference_ops=False,
 ):
@@ -58,6 +60,7 @@ def build_model(
     trainable_layers: stages, counted from the last, that train; None: 3 once pretrained (all if not).
     weights, weights_backbone: see weights.py; classes and category_ids map COCO's 91-class heads onto the labels.
     min_size, max_size: pixels, resizing inside the model; min_size may be a tuple to draw from in training.
+    rois_per_image: RoIs sampled for the heads in training, a quarter of them objects at most; None: 512.
     reference_ops: leave torchvision's own modules in, for comparison.
     Returns (model, reports): reports are lines that say what the weights matched.
     Raises UserError for what cannot be built.
@@ -65,12 +68,14 @@ def build_model(
     if name not in NAMES:
         raise UserError(f"--model {name}: unknown; torchvision has {', '.join(NAMES)}")
     options = {}
-    if min_size is not None and hasattr_size(name):
+    if min_size is not None and takes_size(name):
         options["min_size"] = min_size
-    if max_size is not None and hasattr_size(name):
+    if max_size is not None and takes_size(name):
         options["max_size"] = max_size
     if rpn_score_thresh is not None and "rcnn" in name:
         options["rpn_score_thresh"] = rpn_score_thresh
+    if rois_per_image is not None and "rcnn" in name:
+        options["box_batch_size_per_image"] = rois_per_image
     if detections_per_image is not None:
         options["box_detections_per_img" if "rcnn" in name else "detections_per_img"] = detections_per_image
     if num_keypoints is not None and name.startswith("keypointrcnn"):
@@ -96,12 +101,26 @@ def build_model(
         trainable_layers = DEFAULT_TRAINABLE.get(name, 3)
     if trainable_layers is not None:
         freeze_stages(model.backbone, trainable_layers)
-    if not reference_ops:
+    if is_rcnn(model) and not reference_ops:
         rcnn.install_fast_parts(model)
+    else:
+        model.register_forward_pre_hook(torchvision_inputs)
     return model, [str(report) for report in reports]
 
 
-def hasattr_size(name):
+def torchvision_inputs(module, args):
+    """Before the forward of a model of torchvision's own parts: uint8 images become floats in [0, 1], masks frames."""
+    images, *targets = args
+    images = [image.float() / 255 if image.dtype == torch.uint8 else image for image in images]
+    if targets and targets[0] is not None:
+        targets[0] = [
+            {name: v.dense() if isinstance(v, CroppedMasks) else v for name, v in target.items()}
+            for target in targets[0]
+        ]
+    return (images, *targets)
+
+
+def takes_size(name):
     """SSD's input size is part of its architecture; every other detector resizes to min_size/max_size."""
     return not name.startswith("ssd")
 
