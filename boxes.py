@@ -223,24 +223,25 @@ def clip(boxes, image_sizes):
 
 
 def suppress(boxes, scores, valid, iou_threshold, lengths, num_keep):
-    """Non-maximum suppression within runs of boxes: a box goes if an earlier, kept box of its run overlaps
-    it.
+    """Non-maximum suppression within runs of boxes: a box goes if an earlier, kept box of its run overlaps it.
 
-    boxes: float32 [B, K, 4]; scores: float32 [B, K]; valid: bool [B, K]; lengths: the runs' lengths, summing
-    to K (the RPN's levels), scores falling within each run. Boxes that are not valid neither stay nor
-    suppress.
-    num_keep: how many boxes of an image matter; survivors after the num_keep best of their image may be
-    missing. Returns bool [B, K], the boxes that stay: those of the greedy algorithm on the boxes' own
-    coordinates. (torchvision.ops.batched_nms shifts small batches by a multiple of the level, which rounds
-    coordinates.)
+    boxes: float32 [B, K, 4]; scores: float32 [B, K]; valid: bool [B, K]; lengths: the runs' lengths, summing to K
+    (the RPN's levels), scores falling within each run. Boxes that are not valid neither stay nor suppress.
+    num_keep: how many boxes of an image matter; survivors after the num_keep best of their image may be missing.
+    Returns bool [B, K], the boxes that stay: those of the greedy algorithm on the boxes' own coordinates.
+    (torchvision.ops.batched_nms shifts small batches by a multiple of the level, which rounds coordinates.)
     """
-    if boxes.device.type != "cpu":
-        runs = torch.stack([_pad_rows(run, max(lengths)) for run in boxes.split(lengths, dim=1)], dim=1)
-        runs_valid = torch.stack([_pad_rows(run, max(lengths)) for run in valid.split(lengths, dim=1)], dim=1)
-        keep = suppress_runs(runs.flatten(0, 1), runs_valid.flatten(0, 1), iou_threshold).view_as(runs_valid)
-        return torch.cat([run[:, :n] for run, n in zip(keep.unbind(1), lengths, strict=True)], dim=1)
-    # The scalar kernel's time grows with the square of a run. Boxes below the num_keep best survivors cannot
-    # change these, so try the better part of the candidates first.
+    if boxes.device.type == "cpu":
+        return suppress_on_cpu(boxes, scores, valid, iou_threshold, lengths, num_keep)
+    return suppress_batched(boxes, valid, iou_threshold, lengths)
+
+
+def suppress_on_cpu(boxes, scores, valid, iou_threshold, lengths, num_keep):
+    """`suppress` by torchvision's operator, run by run.
+
+    Its time grows with the square of a run. Boxes below the num_keep best survivors cannot change these, so the
+    better part of the candidates is tried first: 73 ms became 27 for 2 images of 8,663 candidates.
+    """
     keep = torch.zeros_like(valid)
     for image in range(len(boxes)):
         scores_valid = torch.where(valid[image], scores[image], -1.0)
@@ -256,6 +257,15 @@ def suppress(boxes, scores, valid, iou_threshold, lengths, num_keep):
             if num_tried >= len(scores_valid) or keep[image].sum() >= num_keep:
                 break
     return keep
+
+
+def suppress_batched(boxes, valid, iou_threshold, lengths):
+    """`suppress` of all images and runs at once, each run padded to the longest."""
+    longest = max(lengths)
+    runs = torch.stack([_pad_rows(run, longest) for run in boxes.split(lengths, dim=1)], dim=1)
+    runs_valid = torch.stack([_pad_rows(run, longest) for run in valid.split(lengths, dim=1)], dim=1)
+    keep = suppress_runs(runs.flatten(0, 1), runs_valid.flatten(0, 1), iou_threshold).view_as(runs_valid)
+    return torch.cat([run[:, :n] for run, n in zip(keep.unbind(dim=1), lengths, strict=True)], dim=1)
 
 
 def suppress_runs(boxes, valid, iou_threshold, block=256, num_sweeps=16):

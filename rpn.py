@@ -181,7 +181,7 @@ class RegionProposalNetwork(torchvision.models.detection.rpn.RegionProposalNetwo
 
         scores, order = torch.where(valid, scores, -1.0).sort(dim=1, descending=True, stable=True)
         order, valid = order[:, :num_proposals], scores[:, :num_proposals] >= 0
-        boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4)) * valid[..., None]
+        boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4)).masked_fill(~valid[..., None], 0)
         missing = num_proposals - order.shape[1]  # small images have fewer candidates
         return Proposals(F.pad(boxes, (0, 0, 0, missing)), F.pad(valid, (0, missing)))
 
