@@ -200,7 +200,7 @@ class RoIHeads(torchvision.models.detection.roi_heads.RoIHeads):
         candidate, column = (scores > self.score_thresh).nonzero(as_tuple=True)
         labels = column + 1
         scores = scores[candidate, column]
-        deltas = deltas.view(len(rois), -1, 4)[candidate, labels]
+        deltas = deltas.unflatten(1, (-1, 4))[candidate, labels]
         boxes = decode(deltas, rois[candidate], self.box_coder.weights)
         image_index = image_index[candidate]
         limits = to_device([(w, h, w, h) for h, w in image_sizes], boxes.device, boxes.dtype)
@@ -259,7 +259,7 @@ def label_mask_logits(predictor, features, labels):
     num_rois, _, height, width = features.shape
     weight = up.weight.permute(2, 3, 1, 0).flatten(0, 2)[:, :, None, None]  # [2 * 2 * C', C, 1, 1]
     hidden = F.relu(F.conv2d(features, weight, up.bias.repeat(4)))
-    hidden = hidden.permute(0, 2, 3, 1).reshape(num_rois, height * width * 4, -1)
+    hidden = hidden.permute(0, 2, 3, 1).reshape(num_rois, height * width * 4, up.out_channels)
     logits = torch.bmm(hidden, classify.weight.flatten(1)[labels][:, :, None].to(hidden.dtype))
     logits = logits.view(num_rois, height, width, 2, 2).transpose(2, 3).flatten(3).flatten(1, 2)
     return logits + classify.bias[labels][:, None, None]
