@@ -1,9 +1,10 @@
-"""Batched box arithmetic that the RPN and the RoI heads share: padding, IoU, matching, sampling, coding.
+"""Batched box arithmetic of the RPN and the RoI heads: padding, IoU, matching, sampling, coding, suppression.
 
 Boxes are xyxy in pixels of the resized image, float32. Ragged things (objects of an image, proposals) are
 padded to one length and carry a mask `valid`, so that nothing here asks the device for a data-dependent size.
 
-Letters: B images, G padded objects, A anchors (or proposals), P proposals, S samples.
+Letters: B images, G padded objects, A anchors (or proposals), P proposals, K candidates for
+suppression, S runs of them.
 """
 
 import math
@@ -116,7 +117,7 @@ def label_boxes(ground_truth, boxes, high, low, allow_low_quality=False):
             best = torch.where(valid, iou.amax(dim=2, keepdim=True), 2.0)  # nothing is ahead of 2
             _raise_to(best_lead, iou.sub_(best))
     has_objects = ground_truth.valid.any(dim=1, keepdim=True)
-    positive = ((best_iou >= high) | (best_lead == 0)) & has_objects
+    positive = (best_iou >= high) | (best_lead == 0)
     negative = ((best_iou < low) | ~has_objects) & ~positive
     return positive, negative
 

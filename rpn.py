@@ -6,12 +6,11 @@ What differs from torchvision.models.detection.rpn is the way there:
   indexing is masked, so every shape is known in advance.
 - Losses: matching, sampling and encoding are batched. At most 256 anchors an image carry a gradient, so the
   dense head runs without grad and is evaluated once more, with grad, at the sampled places only ("sparse
-  backward"). That
-  is exact: the other places have zero gradient, which a dense backward multiplies and adds in vain.
+  backward"). That is exact: the gradient of every other place is zero, which a dense backward multiplies and
+  adds in vain.
 
-Letters: B images, L levels, A anchors, K candidates before and P proposals after suppression, S samples, C
-channels, T = (2 * depth + 1) ** 2 places in the receptive field of one anchor, depth the number of 3x3
-convolutions.
+Letters: B images, L levels, A anchors, K candidates before and P proposals after suppression, S samples,
+C channels; depth is the number of 3x3 convolutions in the head.
 """
 
 from collections import OrderedDict
@@ -49,8 +48,7 @@ class AnchorGrid(NamedTuple):
 
 
 class RegionProposalNetwork(torchvision.models.detection.rpn.RegionProposalNetwork):
-    """torchvision's RPN of the same constructor and state_dict; `forward` returns Proposals instead of a
-    list.
+    """torchvision's RPN, with its constructor and state_dict; `forward` returns Proposals instead of a list.
 
     sparse_backward: evaluate the loss at the sampled anchors only. On wherever the head is torchvision's own
     (any number of 3x3 convolutions, then the two 1x1); another head takes the dense way, with the same
@@ -98,15 +96,8 @@ class RegionProposalNetwork(torchvision.models.detection.rpn.RegionProposalNetwo
             raise ValueError("the RPN needs targets in training mode; pass them or call eval() first")
         features = list(features.values())
         grid = self.anchor_grid(images, features)
-        if self.training and not self.sparse_backward:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.training and not self.sparse_backward):
             logits, deltas = self.head(features)
-        else:
-            # Autocast must not keep the weights that it casts here: without a graph behind them they would
-            # cut off the gradients of any later use in the same autocast region.
-            device_type = images.tensors.device.type
-            autocast = torch.is_autocast_enabled(device_type)
-            with torch.no_grad(), torch.autocast(device_type, enabled=autocast, cache_enabled=False):
-                logits, deltas = self.head(features)
         with torch.no_grad():
             proposals = self.propose(logits, deltas, grid.anchors, images.image_sizes)
         if not self.training:
@@ -122,14 +113,12 @@ class RegionProposalNetwork(torchvision.models.detection.rpn.RegionProposalNetwo
             deltas = torch.cat([places_last(level, 4) for level in deltas], dim=1)
             deltas = deltas.gather(1, indices[..., None].expand(-1, -1, 4))
         anchors = grid.anchors[indices]  # [B, S, 4]
-        # Where nothing matched, the anchor stands for its object: zero deltas instead of the logarithm of
-        # zero.
+        # Where nothing matched, the anchor stands for its object: zero deltas, not the logarithm of zero.
         matched_boxes = torch.where(is_positive[..., None], matched_boxes, anchors)
         return proposals, self.losses(logits, deltas, encode(matched_boxes, anchors), is_positive, valid)
 
     def anchor_grid(self, images, features):
-        """Anchors for these feature shapes and this padded image shape: AnchorGrid, kept per shape and
-        device.
+        """Anchors for these feature shapes and this padded image shape: AnchorGrid, kept per device.
 
         The anchor generator makes them, so a level's stride is image size // grid size (61 for 800 // 13).
         """
@@ -137,19 +126,17 @@ class RegionProposalNetwork(torchvision.models.detection.rpn.RegionProposalNetwo
         device = images.tensors.device
         key = (shapes, tuple(images.tensors.shape[-2:]), device)
         if key not in self._grids:
-            # Outside inference mode, so that anchors made while predicting can be trained with.
-            with torch.inference_mode(False), torch.no_grad():
-                # The generator reads shape, dtype and device of the features only; float32 keeps anchors
-                # exact.
-                stand_ins = [torch.empty((), device=device).expand(1, 1, *shape) for shape in shapes]
-                one_image = ImageList(images.tensors[:1], images.image_sizes[:1])
-                anchors = self.anchor_generator(one_image, stand_ins)[0]
-                levels, first = [], 0
-                num_anchors = self.anchor_generator.num_anchors_per_location()
-                for (height, width), count in zip(shapes, num_anchors, strict=True):
-                    levels.append((first, height, width))
-                    first += height * width * count
-                self._grids[key] = AnchorGrid(anchors, to_device(levels, device))
+            # The generator reads shape, dtype and device of the features only; float32 keeps anchors exact.
+            stand_ins = [torch.empty((), device=device).expand(1, 1, *shape) for shape in shapes]
+            one_image = ImageList(images.tensors[:1], images.image_sizes[:1])
+            anchors = self.anchor_generator(one_image, stand_ins)[0]
+            levels, first = [], 0
+            for (height, width), count in zip(
+                shapes, self.anchor_generator.num_anchors_per_location(), strict=True
+            ):
+                levels.append((first, height, width))
+                first += height * width * count
+            self._grids[key] = AnchorGrid(anchors, to_device(levels, device))
             if len(self._grids) > MAX_CACHED_SHAPES:
                 self._grids.popitem(last=False)
         return self._grids[key]
@@ -290,11 +277,9 @@ def sparse_head(head, features, indices, levels):
 
 
 class GatherRows(torch.autograd.Function):
-    """Rows of several tables [N, C] as if they stood one after another: [M, C]; the row past the last is
-    zero.
+    """Rows of several tables [N, C] as if they stood one after another: [M, C]; the row past the last is zero.
 
-    The tables are never joined (that would copy all features); the gradients are, so that one index_add
-    serves all.
+    The tables are never joined (that would copy all features); their gradients are, so that one index_add does.
     """
 
     @staticmethod
