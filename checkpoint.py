@@ -180,7 +180,10 @@ def check_same_norm(checkpoint, norm, path):
         )
 
 
-def changed_settings(old, new, ignore=("resume", "output_dir", "device", "print_freq", "workers")):
-    """The settings that differ between two configs, as lines "lr: 0.02 -> 0.01"."""
-    keys = [key for key in new if key in old and key not in ignore and old[key] != new[key]]
+NOT_COMPARED = ("resume", "output_dir", "overwrite", "device", "print_freq", "workers", "norm", "norm_eps")
+
+
+def changed_settings(old, new):
+    """The settings that differ between two configs, as lines "lr: 0.02 -> 0.01"; norms have a check of their own."""
+    keys = [key for key in new if key in old and key not in NOT_COMPARED and old[key] != new[key]]
     return [f"{key}: {old[key]} -> {new[key]}" for key in keys]

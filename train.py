@@ -124,6 +124,7 @@ def build_train_loader(args, dataset, workers, device):
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         worker_init_fn=coco_utils.init_worker,
+        generator=torch.Generator(),  # or each new iterator would draw from the stream that the anchors come from
     )
 
 

@@ -1,0 +1,224 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+import coco_eval
+import shapes
+import train
+
+ROOT = Path(__file__).parents[1]
+COCO128 = ROOT.parent / "shared" / "data" / "coco128"
+SMALL = [
+    "--dataset=coco", "--device=cpu", "--backbone=resnet18", "--min-size=96", "--max-size=128", "--rois-per-image=16",
+    "--batch-size=2", "--workers=0", "--lr=0.005", "--warmup-steps=0", "--print-freq=1",
+]  # fmt: skip
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc-per-node", "2"],
+    "launch": ["torch.distributed.launch", "--nproc_per_node=2", "--use_env"],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A few of the built-in shapes, as COCO 2017 lays its files out."""
+    return shapes.write_shapes(tmp_path_factory.mktemp("data"), num_train=10, num_val=5)
+
+
+def run(data, output, *flags):
+    """Train in this process; returns the exit status."""
+    return train.cli([*SMALL, "--data-path", str(data), "--output-dir", str(output), *map(str, flags)])
+
+
+def run_elsewhere(module, data, output, *flags, **options):
+    """Train in processes of its own under a launcher's module; returns the finished process."""
+    command = [sys.executable, "-m", *module] if module else [sys.executable]
+    return subprocess.run(
+        [
+            *command,
+            str(ROOT / "train.py"),
+            *SMALL,
+            "--data-path",
+            str(data),
+            "--output-dir",
+            str(output),
+            *flags,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env=os.environ | {"MASTER_PORT": "0", "OMP_NUM_THREADS": "1"},
+        check=False,
+        **options,
+    )
+
+
+def records(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(metrics):
+    """The 24 numbers of an evaluation."""
+    return {kind: metrics[kind] for kind in ("bbox", "segm")}
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A run of two epochs of four steps, and its folder."""
+    output = tmp_path_factory.mktemp("run") / "out"
+    assert run(data, output, "--epochs", 2, "--ema-decay", 0.5) == 0
+    return output
+
+
+def test_a_run_leaves_every_file(data, finished):
+    files = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
+    assert {
+        "config.json", "metrics.jsonl", "checkpoint.pth", "best.pth", "model_0.pth", "model_1.pth",
+        "detections.json", "figures/predictions.png",
+    } <= files  # fmt: skip
+    assert any(name.startswith("tb/events") for name in files)
+
+    config = json.loads((finished / "config.json").read_text())
+    assert config["arguments"]["batch_size"] == 2
+    assert config["resolved"]["total_steps"] == 8
+    first, second = records(finished)
+    assert (first["epoch"], first["step"], second["epoch"], second["step"]) == (0, 4, 1, 8)
+    assert set(first["train"]["losses"]) == {
+        "loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg",
+    }  # fmt: skip
+    names = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
+    assert list(second["eval"]["bbox"]) == list(second["eval"]["segm"]) == names
+    assert second["eval"]["images_per_second"] > 0
+
+    annotations = json.loads((data / "annotations" / "instances_val2017.json").read_text())
+    detections = json.loads((finished / "detections.json").read_text())
+    assert {d["category_id"] for d in detections} <= {c["id"] for c in annotations["categories"]}
+    assert {d["image_id"] for d in detections} <= {i["id"] for i in annotations["images"]}
+
+
+def test_the_detections_score_as_the_run_said(data, finished):
+    metrics, _ = coco_eval.score_results(
+        data / "annotations" / "instances_val2017.json",
+        json.loads((finished / "detections.json").read_text()),
+        ["bbox", "segm"],
+        evaluator="pycocotools",
+    )
+    assert metrics == numbers(records(finished)[-1]["eval"])
+
+
+def test_the_model_loads_strictly_into_torchvisions_builder(finished):
+    checkpoint = torch.load(finished / "checkpoint.pth", weights_only=True)
+    assert checkpoint["classes"] == list(shapes.CLASSES)
+    stock = MaskRCNN(
+        resnet_fpn_backbone(backbone_name="resnet18", weights=None), len(checkpoint["classes"]) + 1
+    )
+    stock.load_state_dict(checkpoint["model"], strict=True)
+    stock.load_state_dict(checkpoint["model_ema"], strict=True)
+    assert checkpoint["norm"] == {"type": "batch", "eps": 1e-5}
+
+
+def test_test_only_repeats_the_last_evaluation(data, finished, tmp_path):
+    assert run(data, tmp_path, "--resume", finished / "checkpoint.pth", "--test-only") == 0
+    (record,) = records(tmp_path)
+    assert record["train"] is None
+    assert numbers(record["eval"]) == numbers(records(finished)[-1]["eval"])
+
+
+def test_resume_goes_on_as_if_never_stopped(data, finished, tmp_path):
+    """The second epoch after a resume equals the second epoch of a run that was never interrupted, bit by bit."""
+    part = tmp_path / "part"
+    assert run(data, part, "--resume", finished / "model_0.pth", "--epochs", 2, "--ema-decay", 0.5) == 0
+    resumed, whole = (torch.load(path / "checkpoint.pth", weights_only=True) for path in (part, finished))
+    for name, value in whole["model"].items():
+        assert torch.equal(value, resumed["model"][name]), name
+    for name, value in whole["ema"]["shadow"].items():
+        assert torch.equal(value, resumed["ema"]["shadow"][name]), name
+    assert resumed["progress"]["step"] == 8
+    assert records(part)[-1]["train"]["losses"] == records(finished)[-1]["train"]["losses"]
+
+
+def test_a_finished_run_has_nothing_to_resume(data, finished, capsys):
+    before = (finished / "checkpoint.pth").stat().st_mtime_ns
+    assert run(data, finished, "--resume", "auto", "--epochs", 2, "--ema-decay", 0.5) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert (finished / "checkpoint.pth").stat().st_mtime_ns == before
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(data, finished, capsys):
+    assert run(data, finished, "--epochs", 1) == 2
+    assert "--resume auto" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_evaluate_as_one(data, finished, tmp_path, launcher):
+    """The same 24 numbers, to the last digit, under both spellings of the launcher."""
+    done = run_elsewhere(
+        LAUNCHERS[launcher], data, tmp_path, "--resume", str(finished / "checkpoint.pth"), "--test-only"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 rank(s)" in done.stdout
+    (record,) = records(tmp_path)
+    assert numbers(record["eval"]) == numbers(records(finished)[-1]["eval"])
+
+
+def test_two_processes_train_together(data, tmp_path):
+    done = run_elsewhere(LAUNCHERS["torchrun"], data, tmp_path, "--epochs", "1")
+    assert done.returncode == 0, done.stderr
+    (record,) = records(tmp_path)
+    assert record["step"] == 2  # eight images, two ranks of two
+    assert all(0 <= value < 100 for value in record["train"]["losses"].values())
+    assert len(torch.load(tmp_path / "checkpoint.pth", weights_only=True)["rng"]) == 2
+
+
+def test_sigterm_saves_and_a_resume_goes_on(data, tmp_path):
+    """The run stops within an epoch; resumed, it ends with the weights of a run that was never stopped."""
+    output = tmp_path / "stopped"
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *SMALL,
+        "--data-path",
+        str(data),
+        "--output-dir",
+        str(output),
+    ]
+    constant = ["--lr-steps", "1000", "--mode", "train"]  # one learning rate, whatever the length of the run
+    process = subprocess.Popen(
+        [*command, "--epochs", "30", *constant], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    for line in process.stdout:
+        if "step 2/" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.communicate(timeout=120)[0]
+    assert process.returncode == 143, rest
+    assert "stopped by SIGTERM at step" in rest
+    step = torch.load(output / "checkpoint.pth", weights_only=True)["progress"]["step"]
+    longer = ["--epochs", 30, "--total-steps", step + 3, *constant]
+    assert run(data, output, "--resume", "auto", *longer) == 0
+    straight = tmp_path / "straight"
+    assert run(data, straight, *longer) == 0
+    resumed, whole = (torch.load(path / "checkpoint.pth", weights_only=True) for path in (output, straight))
+    assert resumed["progress"] == whole["progress"]
+    for name, value in whole["model"].items():
+        assert torch.equal(value, resumed["model"][name]), name
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(data, tmp_path):
+    weights = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert run(data, tmp_path / name, "--total-steps", 2, "--seed", seed, "--mode", "train") == 0
+        weights.append(
+            torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)["model"][
+                "rpn.head.cls_logits.weight"
+            ]
+        )
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
