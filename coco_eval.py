@@ -34,7 +34,7 @@ MASK_THRESHOLD = 0.5
 # pixel of the mask's side, measured for sizes up to 4,000. A mask with a pixel nearer than this to the threshold is
 # resized again by torch, so that no pixel comes out differently.
 RESIZE_TOLERANCE = 4e-7  # for each pixel of the mask's side
-PIXELS_AT_ONCE = 1 << 20  # resized before they are encoded: 4 MiB of float32 stay in the cache
+PIXELS_AT_ONCE = 1 << 18  # resized before they are encoded: 1 MiB of float32 stays in the cache
 
 RESULT_FIELDS = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}  # by iou type
 TITLES = {"bbox": "box", "segm": "mask", "keypoints": "keypoints"}
