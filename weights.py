@@ -351,7 +351,7 @@ def match_classes(num_theirs, num_ours, file_classes, classes, category_ids):
             if row < num_theirs and alike(category_id, their_id) and alike(name, their_name)
         ]
         if len(found) != 1:
-            return None, f" and no {name!r} of category id {category_id}"
+            return None, f" and no category id {category_id}" + (f" ({name})" if name else "")
         rows += found
     return rows, ""
 
@@ -474,7 +474,7 @@ class WeightsFile:
     state: dict
     classes: dict | None = None
     norm_eps: float | None = None
-    author: str = ""
+    author: str | None = None
 
 
 def read(source):
@@ -618,7 +618,7 @@ def read_pickle(path):
         raise UserError(
             f"{path}: refused: damaged, or not a pickle of plain arrays ({first_line(error)})"
         ) from error
-    return WeightsFile(str(path), state, author=str(content.get("__author__", "")))
+    return WeightsFile(str(path), state, author=content.get("__author__"))
 
 
 def to_tensor(array):
@@ -698,8 +698,12 @@ PICKLE_NAMES = {
 }
 
 
-class ArrayUnpickler(pickle.Unpickler):
-    """Unpickles numbers, text, containers and numpy arrays; any other name is refused, nothing imported."""
+class ArrayUnpickler(pickle._Unpickler):
+    """Unpickles numbers, text, containers and numpy arrays; any other name is refused, nothing imported.
+
+    It is pickle's Python form: the C one takes a file's word for the size of its memo, which a single flipped bit
+    can make 64 GB. A few hundred arrays cost no time.
+    """
 
     def find_class(self, module, name):
         if (module, name) not in PICKLE_NAMES:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import urllib.error
 from collections import OrderedDict
 from pathlib import Path
@@ -207,7 +208,7 @@ def test_own_checkpoint_gives_its_average_and_eps_and_is_verified(tmp_path, mask
     model = small_rcnn(4)
     report = load_weights(model, path, classes=["a", "b", "z"], category_ids=[3, 5, 7])
     assert "roi_heads.box_predictor.cls_score.weight" in report.reinitialised
-    assert "no 'z' of category id 7" in str(report)
+    assert "no category id 7 (z)" in str(report)
 
     content["sha256"] = "0" * 64
     with pytest.raises(UserError, match="differs from the hash"):
@@ -441,17 +442,18 @@ def test_a_subset_keeps_its_rows(tmp_path, coco_mask_rcnn):
 @pytest.mark.parametrize(
     ("ids", "names", "text"),
     [
-        ([1, 2, 3], ["cat", "dog", "bird"], "no 'cat' of category id 1"),  # own data that counts from 1
-        ([1, 18, 12], ["person", "dog", "street sign"], "no 'street sign' of category id 12"),  # never used
-        ([1, 18, 91], None, "no None of category id 91"),
-        ([0, 1, 2], None, "no None of category id 0"),  # never the background's row
+        ([1, 2, 3], ["cat", "dog", "bird"], r"no category id 1 \(cat\)"),  # own data that counts from 1
+        ([1, 18, 12], ["person", "dog", "street sign"], r"no category id 12 \(street sign\)"),  # never used
+        ([1, 18, 12], None, "no category id 12"),
+        ([1, 18, 91], None, "no category id 91"),
+        ([0, 1, 2], None, "no category id 0"),  # never the background's row
     ],
 )
 def test_ids_that_mean_something_else_are_not_mapped(tmp_path, coco_mask_rcnn, ids, names, text):
     path = saved(tmp_path / "coco.pth", coco_mask_rcnn.state_dict())
     report = load_weights(small_rcnn(4), path, category_ids=ids, classes=names)
     assert len(report.reinitialised) == 6
-    assert text in str(report)
+    assert re.search(text, str(report))
 
 
 def test_a_file_of_as_many_unnamed_classes_is_taken_as_it_is(tmp_path, mask_rcnn):
