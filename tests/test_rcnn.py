@@ -42,8 +42,8 @@ SETTINGS = {
 
 
 def make_model(kind, seed=0):
-    """A small stock model. Frozen norms hold the statistics of its own activations, so values stay near 1; the
-    backbone's activations are smooth, because a ReLU near zero that rounding flips moves a whole gradient.
+    """A small stock model. Frozen norms hold the statistics of its own activations, so values stay near 1. The
+    backbone and the box head are smooth: a ReLU near zero that rounding flips moves a whole gradient.
     """
     torch.manual_seed(seed)
     body = torchvision.models.resnet18(norm_layer=FrozenBatchNorm2d)
@@ -55,7 +55,8 @@ def make_model(kind, seed=0):
     levels = {f"layer{n}": str(n - 1) for n in (1, 2, 3, 4)}
     backbone = BackboneWithFPN(body, levels, [64, 128, 256, 512], CHANNELS, LastLevelMaxPool())
     calibrate(backbone)
-    head, predictor = TwoMLPHead(CHANNELS * 49, 32), FastRCNNPredictor(32, NUM_CLASSES)
+    head = nn.Sequential(nn.Flatten(), nn.Linear(CHANNELS * 49, 32), nn.SiLU())
+    predictor = FastRCNNPredictor(32, NUM_CLASSES)
     nn.init.normal_(predictor.cls_score.weight, std=0.1)
     nn.init.normal_(predictor.bbox_pred.weight, std=0.1)
     more = {}
@@ -170,7 +171,7 @@ def assert_same_step(monkeypatch, kind, counts, gradient_tolerance=1e-4):
         if theirs.grad is None:
             assert parameter.grad is None or not parameter.grad.any(), name
             continue
-        atol = gradient_tolerance * float(theirs.grad.abs().max()) + 5e-7
+        atol = gradient_tolerance * float(theirs.grad.abs().max()) + 2e-6
         torch.testing.assert_close(
             parameter.grad, theirs.grad, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
         )
@@ -185,6 +186,7 @@ def test_detections_equal_torchvisions(kind):
         expected = stock(as_floats(images))
         found = fast(images)
     for detections, theirs, image in zip(found, expected, images, strict=True):
+        detections, theirs = by_place(detections), by_place(theirs)
         assert len(theirs["boxes"]) > 5
         assert detections["labels"].tolist() == theirs["labels"].tolist()
         torch.testing.assert_close(detections["boxes"], theirs["boxes"], rtol=0, atol=1e-3)
@@ -197,6 +199,12 @@ def test_detections_equal_torchvisions(kind):
             torch.testing.assert_close(pasted, theirs["masks"], rtol=0, atol=1e-4)
         if kind is KeypointRCNN:
             torch.testing.assert_close(detections["keypoints"], theirs["keypoints"], rtol=0, atol=1e-2)
+
+
+def by_place(detections):
+    """Detections sorted by label and box: rounding may swap those of nearly equal score."""
+    place = detections["labels"] * 1e6 + detections["boxes"] @ torch.tensor([31.0, 17.0, 7.0, 1.0])
+    return {name: values[place.argsort()] for name, values in detections.items()}
 
 
 def test_bfloat16_step_stays_near_float32(monkeypatch):
