@@ -1,8 +1,8 @@
 """A COCO annotation file as columns, and everything that is wrong with it.
 
-The one pass that training and `coco_utils.py check` share: `read_index` gives columns (numpy arrays and flat
-bytes, no Python object per annotation, so that forked loader workers share them without copying) and a list of
-findings. An error makes the file unusable; a warning names what is left out or mended. faults.md's numbers 1-29.
+The one pass that training, evaluation and `coco_utils.py check` share. `read_index` gives columns (numpy arrays, no
+Python object per annotation, so that forked loader workers share them without copying) and a list of findings: an
+error makes the file unusable, a warning names what is left out or mended.
 
 Letters: I images, A annotations that are kept, K categories, J keypoints of an object.
 """
@@ -10,8 +10,8 @@ Letters: I images, A annotations that are kept, K categories, J keypoints of an 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,19 +19,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import masks
-
-
-class Finding(NamedTuple):
-    """One thing that is wrong: with what, which one, what it is, and what to do or what will be done."""
-
-    level: str  # "error": the file cannot be used; "warning": it is, as `action` says
-    subject: str  # "annotation 17 (image 3)"
-    what: str
-    action: str
-    kind: str = ""  # what warnings are counted by: "annotations of images that the file does not list"
-
-    def __str__(self) -> str:
-        return f"{self.subject} {self.what}; {self.action}"
+from coco_records import (
+    Columns,
+    Finding,
+    Irregular,
+    is_integer,
+    read_records,
+    read_regular_file,
+    with_integer_ids,
+)
+from utils import UserError
 
 
 class Texts:
@@ -49,6 +46,46 @@ class Texts:
         return self.flat[self.offsets[n] : self.offsets[n + 1]].tobytes()
 
 
+class Segmentations:
+    """Polygons and RLEs of a file's annotations, left as json text: in the file itself, or in memory.
+
+    places, lengths: int64 [A], see coco_records.Columns. Read with pread, so forked workers share the open file.
+    """
+
+    def __init__(self, path: Path, places: np.ndarray, lengths: np.ndarray, texts: bytes) -> None:
+        self.path, self.places, self.lengths = path, places, lengths
+        self.texts = np.frombuffer(texts, np.uint8)
+        self._open()
+        self._stamp = self._stamp_now()
+
+    def _open(self) -> None:
+        self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (open as long as the data set lives)
+
+    def _stamp_now(self) -> tuple[int, int]:
+        status = os.fstat(self._file.fileno())
+        return status.st_size, status.st_mtime_ns
+
+    def __getitem__(self, n: int) -> list[list[float]] | dict[str, Any]:
+        """Polygons or an RLE as the file has them; [] without a mask. Raises UserError if the file has changed."""
+        place, length = int(self.places[n]), int(self.lengths[n])
+        if length == 0:
+            return []
+        if place < 0:
+            text = self.texts[-1 - place : -1 - place + length].tobytes()
+        else:
+            if self._stamp_now() != self._stamp:
+                raise UserError(f"{self.path}: changed while in use; leave it alone, and start again")
+            text = os.pread(self._file.fileno(), length, place)
+        return json.loads(text)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_file"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+
 @dataclass
 class CocoIndex:
     """The columns of one annotation file. Annotations stand in the order of their images, then of the file."""
@@ -63,132 +100,243 @@ class CocoIndex:
     first: np.ndarray  # int64 [I + 1]: image i has annotations first[i] to first[i + 1]
     annotation_ids: np.ndarray  # int64 [A]
     labels: np.ndarray  # int64 [A] in 1..K
-    boxes: np.ndarray  # float64 [A, 4] xyxy pixels, clipped to the image, none of them empty
+    boxes: np.ndarray  # float32 [A, 4] xyxy pixels, clipped to the image, none of them empty
     crowd: np.ndarray  # bool [A]
-    segmentations: Texts  # [A], json; empty where an annotation has no mask
+    segmentations: Segmentations  # [A]
     keypoints: np.ndarray  # float32 [A, J, 3]
     findings: list[Finding] = field(default_factory=list)
 
-    def segmentation(self, n: int) -> Any:
-        """Polygons or RLE of annotation n, as in the file; [] if it has none."""
-        text = self.segmentations[n]
-        return json.loads(text) if text else []
+    @property
+    def has_mask(self) -> np.ndarray:
+        """bool [A]"""
+        return self.segmentations.lengths > 0
 
 
 class BadAnnotationFile(ValueError):
-    """What is wrong with a file of which nothing can be read; `finding` says it."""
+    """Nothing can be read from the file; `finding` says why."""
 
-    def __init__(self, finding: Finding) -> None:
-        super().__init__(str(finding))
-        self.finding = finding
+    def __init__(self, what: str, action: str) -> None:
+        self.finding = Finding("error", "the file", what, action)
+        super().__init__(str(self.finding))
 
 
 def read_index(path: str | Path) -> CocoIndex:
     """Read and check a COCO annotation file.
 
     Returns the columns of what can be used and, in `findings`, everything that cannot. With an error among them
-    the index must not be trained on.
+    the index must not be used.
     Raises BadAnnotationFile if there is no telling images from annotations: not json, or not COCO's three lists.
     """
     path = Path(path)
-    content = _read_json(path)
-    findings: list[Finding] = []
-    categories = _read_categories(content["categories"], findings)
-    images = _read_images(content["images"], findings)
-    if not images:
-        findings.append(Finding("error", "the file", "has no images", "give it at least one"))
-    if not categories:
-        findings.append(Finding("error", "the file", "has no categories", "give it at least one"))
-    return _build_index(path, categories, images, content["annotations"], findings)
-
-
-# --- the file's own grammar ---------------------------------------------------------------------------------
-
-
-def _read_json(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_bytes()
+        content, columns = read_regular_file(path)
+        index = _build_index(path, content, columns)
+        if not any(finding.level == "error" for finding in index.findings):
+            return index
+    except (Irregular, OSError, ValueError):  # mmap raises ValueError for an empty file
+        pass
+    return _build_index(path, _read_json(path), None)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
     except OSError as error:
-        raise BadAnnotationFile(
-            Finding("error", "the file", f"cannot be read ({error.strerror})", "check the path")
-        ) from None
-    try:
-        content = json.loads(text)
+        raise BadAnnotationFile(f"cannot be read ({error.strerror})", "check the path") from None
     except json.JSONDecodeError as error:
         what = f"is not valid JSON at character {error.pos}, line {error.lineno} ({error.msg})"
-        raise BadAnnotationFile(Finding("error", "the file", what, "is it cut off? fetch it again")) from None
+        raise BadAnnotationFile(what, "is it cut off? fetch or write it again") from None
     except (ValueError, RecursionError) as error:
-        what = f"is not valid JSON ({str(error)[:80]})"
-        raise BadAnnotationFile(Finding("error", "the file", what, "write it anew")) from None
+        raise BadAnnotationFile(f"is not valid JSON ({str(error)[:80]})", "write it again") from None
+
+
+def _build_index(path: Path, content: Any, columns: Columns | None) -> CocoIndex:
+    """Everything that takes more than one record to know. columns: None to read them from the content."""
+    advice = "a COCO annotation file holds the lists images, annotations and categories"
     if not isinstance(content, dict):
-        what = f"holds a {type(content).__name__}, not an object"
-        action = "a COCO annotation file is {images, annotations, categories}; is this a results file?"
-        raise BadAnnotationFile(Finding("error", "the file", what, action))
+        raise BadAnnotationFile(
+            f"holds a {type(content).__name__}, not an object", f"{advice}; is this a results file?"
+        )
     for key in ("images", "annotations", "categories"):
         if not isinstance(content.get(key), list):
-            what = f"has no list {key!r}"
-            action = "a COCO annotation file has the lists images, annotations and categories"
-            raise BadAnnotationFile(Finding("error", "the file", what, action))
-    return content
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-class _Invalid(ValueError):
-    """A record that cannot be used: what is wrong, and how to mend it."""
-
-    def __init__(self, what: str, action: str) -> None:
-        super().__init__(what)
-        self.what, self.action = what, action
-
-
-def _records(records: Sequence[Any], name: str, findings: list[Finding]) -> Iterable[dict[str, Any]]:
-    """The records that are objects with an integer id, each id once; findings for the others."""
-    seen: set[int] = set()
-    for position, record in enumerate(records):
-        if not isinstance(record, dict):
-            what = f"is {record!r:.40}, not an object"
-            findings.append(Finding("error", f"{name} number {position + 1}", what, "remove it"))
-        elif not _is_integer(record.get("id")):
-            what = f"has id {record['id']!r:.40}, not an integer" if "id" in record else "has no id"
-            action = f"give every {name} an integer id of its own"
-            findings.append(Finding("error", f"{name} number {position + 1}", what, action))
-        elif record["id"] in seen:
+            raise BadAnnotationFile(f"has no list {key!r}", advice)
+    findings: list[Finding] = []
+    categories = _read_categories(content["categories"], findings)
+    keypoint_names = _common_keypoints(categories, findings)
+    images = _read_images(content["images"], findings)
+    for records, name in ((content["images"], "image"), (content["categories"], "category")):
+        if not records:
+            findings.append(
+                Finding("error", "the file", f"has no {name} at all", f"it needs at least one {name}")
+            )
+    if columns is None:
+        columns = read_records(content["annotations"], len(keypoint_names))
+    elif columns.keypoints.shape[1] not in (0, 3 * len(keypoint_names)):
+        raise Irregular
+    image_ids = np.array([image.id for image in images], np.int64)
+    category_ids = np.array([category["id"] for category in categories], np.int64)
+    for ids, name in ((image_ids, "image"), (category_ids, "category"), (columns.ids, "annotation")):
+        values, counts = np.unique(ids, return_counts=True)
+        for value, count in zip(values[counts > 1].tolist(), counts[counts > 1].tolist(), strict=True):
             action = f"give every {name} an id of its own"
-            findings.append(Finding("error", f"{name} {record['id']}", "occurs more than once", action))
-        else:
-            seen.add(record["id"])
-            yield record
+            findings.append(Finding("error", f"{name} {value}", f"occurs {count} times", action))
+    sizes = np.array([(image.height, image.width) for image in images], np.int64).reshape(-1, 2)
+    findings += columns.findings
+    image_of, boxes, keep = _resolve(columns, image_ids, category_ids, sizes, findings)
+    order = keep[np.argsort(image_of[keep], kind="stable")]
+    num_keypoints = len(keypoint_names)
+    return CocoIndex(
+        path=path,
+        category_ids=category_ids,
+        classes=[category["name"] for category in categories],
+        keypoint_names=keypoint_names,
+        image_ids=image_ids,
+        sizes=sizes,
+        file_names=Texts([image.file_name.encode("utf-8", "surrogatepass") for image in images]),
+        first=np.searchsorted(image_of[order], np.arange(len(images) + 1)),
+        annotation_ids=columns.ids[order],
+        labels=np.searchsorted(category_ids, columns.category_ids[order]) + 1,
+        boxes=boxes[order],
+        crowd=columns.crowd[order],
+        segmentations=Segmentations(path, columns.places[order], columns.lengths[order], columns.texts),
+        keypoints=columns.keypoints[order].reshape(-1, num_keypoints, 3)
+        if columns.keypoints.shape[1]
+        else np.zeros((len(order), num_keypoints, 3), np.float32),
+        findings=findings,
+    )
+
+
+def _resolve(
+    columns: Columns,
+    image_ids: np.ndarray,
+    category_ids: np.ndarray,
+    sizes: np.ndarray,
+    findings: list[Finding],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(image of each record or -1, boxes xyxy clipped to it, records to keep); adds the findings."""
+    image_of = _find(image_ids, columns.image_ids)
+    listed = image_of >= 0
+    known = _find(category_ids, columns.category_ids) >= 0
+    limits = sizes[image_of][:, ::-1] if len(sizes) else np.zeros((len(image_of), 2))
+    boxes = np.empty((len(image_of), 4), np.float32)
+    boxes[:, :2] = np.clip(columns.boxes[:, :2], 0, limits)
+    boxes[:, 2:] = np.clip(columns.boxes[:, :2] + columns.boxes[:, 2:], 0, limits)
+    flat = (columns.boxes[:, 2:] <= 0).any(axis=1)
+    outside = ~flat & (boxes[:, 2:] <= boxes[:, :2]).any(axis=1)
+    is_rle = columns.rle_sizes[:, 0] > 0
+    wrong_rle = (
+        listed & is_rle & (columns.rle_sizes != sizes[image_of]).any(axis=1)
+        if len(sizes)
+        else ~listed & False
+    )
+
+    def report(which: np.ndarray, level: str, what: str, action: str, kind: str = "") -> None:
+        for n in np.flatnonzero(which).tolist():
+            subject = f"annotation {columns.ids[n]} (image {columns.image_ids[n]})"
+            values = {
+                "box": columns.boxes[n].tolist(),
+                "category": columns.category_ids[n],
+                "rle": columns.rle_sizes[n].tolist(),
+                "size": sizes[image_of[n]].tolist() if listed[n] else None,
+            }
+            findings.append(Finding(level, subject, what.format(**values), action, kind))
+
+    report(
+        ~known,
+        "error",
+        "has category {category}, which the file does not list",
+        "add the category, or remove it",
+    )
+    report(
+        wrong_rle,
+        "error",
+        "has an RLE of size {rle}, but its image is {size} (height, width)",
+        "correct one of them",
+    )
+    report(
+        columns.ids == 0,
+        "warning",
+        "has id 0",
+        "evaluation gives it another id, since pycocotools takes 0 for no match",
+        "annotations with id 0",
+    )
+    report(
+        ~listed,
+        "warning",
+        "belongs to an image that the file does not list",
+        "left out",
+        "annotations of images that the file does not list",
+    )
+    report(
+        listed & flat,
+        "warning",
+        "has box {box} (x, y, width, height) of no width or height",
+        "left out",
+        "annotations with a box of no width or height",
+    )
+    report(
+        listed & outside,
+        "warning",
+        "has box {box} (x, y, width, height) outside its image of {size} (height, width)",
+        "left out",
+        "annotations with a box outside their image",
+    )
+    keep = listed & known & ~flat & ~outside
+    report(
+        keep & (columns.lengths == 0),
+        "warning",
+        "has no segmentation",
+        "left out where masks are trained",
+        "annotations without a segmentation",
+    )
+    return image_of, boxes, np.flatnonzero(keep)
+
+
+def _find(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Where each wanted id stands in `ids`, int64; -1 if nowhere."""
+    if len(ids) == 0:
+        return np.full(len(wanted), -1)
+    order = np.argsort(ids, kind="stable")
+    place = order[np.minimum(np.searchsorted(ids, wanted, sorter=order), len(ids) - 1)]
+    return np.where(ids[place] == wanted, place, -1)
+
+
+# --- images and categories --------------------------------------------------------------------------------------
 
 
 def _read_categories(records: list[Any], findings: list[Finding]) -> list[dict[str, Any]]:
     """The usable categories, by ascending id."""
     categories = []
     names: dict[str, int] = {}
-    for record in _records(records, "category", findings):
+    for record in with_integer_ids(records, "category", findings):
         name, subject = record.get("name"), f"category {record['id']}"
-        if not isinstance(name, str) or not name:
-            findings.append(Finding("error", subject, f"has name {name!r:.40}", "give every category a name"))
-            continue
-        if name in names:
-            what = f"has the name {name!r} of category {names[name]}"
-            action = "they are trained as two classes"
-            findings.append(Finding("warning", subject, what, action, "categories with the name of another"))
-        names.setdefault(name, record["id"])
         keypoints = record.get("keypoints", [])
-        if not isinstance(keypoints, list) or not all(isinstance(point, str) for point in keypoints):
+        if not isinstance(name, str) or not name:
+            action = "give every category a name"
+            findings.append(Finding("error", subject, f"has name {name!r:.40}", action))
+        elif not isinstance(keypoints, list) or not all(isinstance(point, str) for point in keypoints):
             findings.append(
-                Finding("error", subject, "has keypoints that are no list of names", "name every keypoint")
+                Finding("error", subject, "has keypoints that are no list of names", "name each one")
             )
-            continue
-        categories.append(record)
+        else:
+            if name in names:
+                what = f"has the name {name!r} of category {names[name]}"
+                kind = "categories with the name of another"
+                findings.append(Finding("warning", subject, what, "they are taken for two classes", kind))
+            names.setdefault(name, record["id"])
+            categories.append(record)
     return sorted(categories, key=lambda record: record["id"])
+
+
+def _common_keypoints(categories: list[dict[str, Any]], findings: list[Finding]) -> list[str]:
+    """The keypoint names that all categories with keypoints share; [] if none has any."""
+    with_keypoints = [category for category in categories if category.get("keypoints")]
+    for category in with_keypoints[1:]:
+        if len(category["keypoints"]) != len(with_keypoints[0]["keypoints"]):
+            what = f"has {len(category['keypoints'])} keypoints"
+            action = f"category {with_keypoints[0]['id']} has {len(with_keypoints[0]['keypoints'])}; give both as many"
+            findings.append(Finding("error", f"category {category['id']}", what, action))
+    return with_keypoints[0]["keypoints"] if with_keypoints else []
 
 
 class _Image(NamedTuple):
@@ -200,19 +348,20 @@ class _Image(NamedTuple):
 
 def _read_images(records: list[Any], findings: list[Finding]) -> list[_Image]:
     images = []
-    for record in _records(records, "image", findings):
+    for record in with_integer_ids(records, "image", findings):
         subject = f"image {record['id']}"
-        height, width, file_name = (record.get(key) for key in ("height", "width", "file_name"))
-        if not _is_integer(height) or not _is_integer(width):
+        height, width, file_name = record.get("height"), record.get("width"), record.get("file_name")
+        if not is_integer(height) or not is_integer(width):
             what = f"has height {height!r:.40} and width {width!r:.40}"
             findings.append(Finding("error", subject, what, "give both as whole pixels"))
         elif height < 1 or width < 1 or height * width > masks.MAX_PIXELS:
-            what = f"has {height}×{width} pixels (height × width)"
             action = f"an image must have at least one and at most {masks.MAX_PIXELS:,} pixels"
-            findings.append(Finding("error", subject, what, action))
+            findings.append(
+                Finding("error", subject, f"has {height}×{width} pixels (height × width)", action)
+            )
         elif not isinstance(file_name, str) or not file_name or "\0" in file_name:
             findings.append(Finding("error", subject, f"has file_name {file_name!r:.40}", "name its file"))
-        elif leaves_folder(file_name):
+        elif _leaves_folder(file_name):
             action = "file names are relative to the image folder and stay inside it"
             findings.append(Finding("error", subject, f"has file_name {file_name!r:.80}", action))
         else:
@@ -220,189 +369,7 @@ def _read_images(records: list[Any], findings: list[Finding]) -> list[_Image]:
     return images
 
 
-def leaves_folder(file_name: str) -> bool:
-    """Whether a file name is absolute or has a part `..`, in either kind of slash."""
+def _leaves_folder(file_name: str) -> bool:
+    """Whether a file name is absolute or has a part `..`, with either kind of slash."""
     parts = file_name.replace("\\", "/").split("/")
-    return ".." in parts or parts[0] == "" or (len(parts[0]) == 2 and parts[0][1] == ":")
-
-
-# --- annotations -----------------------------------------------------------------------------------------------
-
-
-def _build_index(
-    path: Path,
-    categories: list[dict[str, Any]],
-    images: list[_Image],
-    records: list[Any],
-    findings: list[Finding],
-) -> CocoIndex:
-    index_of_image = {image.id: i for i, image in enumerate(images)}
-    label_of_category = {category["id"]: n + 1 for n, category in enumerate(categories)}
-    keypoint_names: list[str] = next((c["keypoints"] for c in categories if c.get("keypoints")), [])
-    for category in categories:
-        if len(category.get("keypoints") or keypoint_names) != len(keypoint_names):
-            what = f"has {len(category['keypoints'])} keypoints where another has {len(keypoint_names)}"
-            action = "all categories with keypoints must have equally many"
-            findings.append(Finding("error", f"category {category['id']}", what, action))
-
-    rows = []  # (image index, annotation id, label, box xyxy, crowd, segmentation text)
-    all_keypoints = []
-    for record in _records(records, "annotation", findings):
-        subject = f"annotation {record['id']} (image {record.get('image_id')!r:.40})"
-        try:
-            image_id, category_id = _reference(record, "image_id"), _reference(record, "category_id")
-            if category_id not in label_of_category:
-                raise _Invalid(
-                    f"has category {category_id}, which the file does not list", "add the category"
-                )
-            crowd = _read_crowd(record)
-            box = _read_box(record)
-            image = images[index_of_image[image_id]] if image_id in index_of_image else None
-            segmentation = _read_segmentation(record, image, subject, findings)
-            keypoints = _read_keypoints(record, len(keypoint_names))
-        except _Invalid as error:
-            findings.append(Finding("error", subject, error.what, error.action))
-            continue
-        if record["id"] == 0:
-            kind = "annotations with id 0"
-            action = "evaluation gives it another id, since pycocotools takes 0 for no match"
-            findings.append(Finding("warning", subject, "has id 0", action, kind))
-        if image is None:
-            kind = "annotations of images that the file does not list"
-            findings.append(
-                Finding("warning", subject, "belongs to an image that is not listed", "left out", kind)
-            )
-            continue
-        x, y, w, h = box
-        x0, x1 = (min(max(value, 0.0), image.width) for value in (x, x + w))
-        y0, y1 = (min(max(value, 0.0), image.height) for value in (y, y + h))
-        if not (x1 > x0 and y1 > y0):
-            flat = not (w > 0 and h > 0)
-            kind = (
-                "annotations with a box of no width or height" if flat else "annotations outside their image"
-            )
-            what = f"has box {[x, y, w, h]} " + ("of no width or height" if flat else "outside the image")
-            findings.append(Finding("warning", subject, what, "left out", kind))
-            continue
-        if not segmentation and "segmentation" in record:
-            kind = "annotations with an empty segmentation"
-            findings.append(
-                Finding(
-                    "warning", subject, "has an empty segmentation", "left out where masks are trained", kind
-                )
-            )
-        rows.append(
-            (
-                index_of_image[image_id],
-                record["id"],
-                label_of_category[category_id],
-                (x0, y0, x1, y1),
-                crowd,
-                json.dumps(segmentation).encode() if segmentation else b"",
-            )
-        )
-        all_keypoints.append(keypoints)
-
-    order = sorted(range(len(rows)), key=lambda n: rows[n][0])
-    rows = [rows[n] for n in order]
-    image_of_row = np.array([row[0] for row in rows], np.int64)
-    keypoints = np.zeros((len(rows), len(keypoint_names), 3), np.float32)
-    for row, n in enumerate(order):
-        if all_keypoints[n] is not None:
-            keypoints[row] = np.reshape(all_keypoints[n], (-1, 3))
-    return CocoIndex(
-        path=path,
-        category_ids=np.array([category["id"] for category in categories], np.int64),
-        classes=[category["name"] for category in categories],
-        keypoint_names=keypoint_names,
-        image_ids=np.array([image.id for image in images], np.int64),
-        sizes=np.array([(image.height, image.width) for image in images], np.int64).reshape(-1, 2),
-        file_names=Texts([image.file_name.encode("utf-8", "surrogatepass") for image in images]),
-        first=np.searchsorted(image_of_row, np.arange(len(images) + 1)),
-        annotation_ids=np.array([row[1] for row in rows], np.int64),
-        labels=np.array([row[2] for row in rows], np.int64),
-        boxes=np.array([row[3] for row in rows], np.float64).reshape(-1, 4),
-        crowd=np.array([row[4] for row in rows], bool),
-        segmentations=Texts([row[5] for row in rows]),
-        keypoints=keypoints,
-        findings=findings,
-    )
-
-
-def _reference(record: dict[str, Any], key: str) -> int:
-    if not _is_integer(record.get(key)):
-        raise _Invalid(f"has {key} {record.get(key)!r:.40}", f"{key} must be an integer")
-    return record[key]
-
-
-def _read_crowd(record: dict[str, Any]) -> bool:
-    crowd = record.get("iscrowd", 0)
-    if not isinstance(crowd, (int, float)) or crowd not in (0, 1):
-        raise _Invalid(f"has iscrowd {crowd!r:.40}", "iscrowd must be 0 or 1")
-    return bool(crowd)
-
-
-def _read_box(record: dict[str, Any]) -> tuple[float, float, float, float]:
-    box = record.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
-        raise _Invalid(f"has bbox {box!r:.60}", "bbox must be four numbers [x, y, width, height]")
-    if not all(abs(value) <= masks.MAX_COORDINATE for value in box):  # NaN compares false
-        raise _Invalid(
-            f"has bbox {box!r:.60}", f"numbers must be finite, within ±{masks.MAX_COORDINATE:g} pixels"
-        )
-    return tuple(map(float, box))
-
-
-def _read_segmentation(
-    record: dict[str, Any], image: _Image | None, subject: str, findings: list[Finding]
-) -> Any:
-    """The segmentation without what is no polygon; [] if nothing is left."""
-    segmentation = record.get("segmentation")
-    if segmentation is None:
-        return []
-    try:
-        if isinstance(segmentation, dict):
-            if image is not None:
-                masks.rle_counts(segmentation, image.height, image.width)
-            return segmentation
-        if not isinstance(segmentation, list):
-            raise _Invalid(f"has segmentation {segmentation!r:.40}", "give polygons or an RLE")
-        if segmentation and all(_is_number(value) for value in segmentation):
-            raise _Invalid(
-                "has a segmentation of bare numbers",
-                "it must be a list of polygons: [[x1, y1, x2, y2, ...], ...]",
-            )
-        polygons = []
-        for polygon in segmentation:
-            if masks.check_polygon(polygon) is None:
-                what = f"has a polygon of {len(polygon)} numbers"
-                kind = "polygons of fewer than three points"
-                findings.append(Finding("warning", subject, what, "left out", kind))
-                continue
-            if len(polygon) % 2:
-                what = f"has a polygon of {len(polygon)} numbers"
-                kind = "polygons with an odd number of numbers"
-                findings.append(Finding("warning", subject, what, "its last number is ignored", kind))
-            polygons.append(polygon)
-        return polygons
-    except _Invalid:
-        raise
-    except ValueError as error:
-        raise _Invalid(f"has a bad segmentation: {error}", "correct or remove it") from None
-
-
-def _read_keypoints(record: dict[str, Any], num_keypoints: int) -> list[float] | None:
-    """x, y, visibility of each keypoint; None if the annotation has none."""
-    keypoints = record.get("keypoints")
-    if not keypoints or num_keypoints == 0:
-        return None
-    if not isinstance(keypoints, list) or len(keypoints) != 3 * num_keypoints:
-        length = len(keypoints) if isinstance(keypoints, list) else f"{keypoints!r:.40}"
-        raise _Invalid(
-            f"has keypoints {length}", f"it must be {3 * num_keypoints} numbers, 3 for each keypoint"
-        )
-    if not all(_is_number(v) and math.isfinite(v) and abs(v) <= masks.MAX_COORDINATE for v in keypoints):
-        raise _Invalid("has a keypoint that is no finite number", "correct or remove it")
-    if not all(v in (0, 1, 2) for v in keypoints[2::3]):
-        raise _Invalid("has a keypoint visibility other than 0, 1 and 2", "correct it")
-    return keypoints
+    return ".." in parts or parts[0] == "" or parts[0].endswith(":")

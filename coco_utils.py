@@ -68,7 +68,7 @@ class CocoDataset(torch.utils.data.Dataset):
             )
         self._is_target = ~index.crowd
         if with_masks:
-            self._is_target &= np.diff(index.segmentations.offsets) > 0
+            self._is_target &= index.has_mask
         self._rows = np.arange(len(index.image_ids))  # place in the index of each image of this data set
         if training and not keep_empty:
             self._rows = np.flatnonzero(_images_to_learn_from(index, self._is_target, with_keypoints))
@@ -160,12 +160,12 @@ class CocoDataset(torch.utils.data.Dataset):
         found = np.arange(columns.first[row], columns.first[row + 1])
         found = found[self._is_target[found]]
         target: Target = {
-            "boxes": torch.from_numpy(columns.boxes[found].astype(np.float32)),
+            "boxes": torch.from_numpy(columns.boxes[found]),
             "labels": torch.from_numpy(columns.labels[found]),
             "image_id": int(columns.image_ids[row]),
         }
         if self.with_masks:
-            segmentations = [columns.segmentation(n) for n in found]
+            segmentations = [columns.segmentations[n] for n in found.tolist()]
             target["masks"] = CroppedMasks.from_segmentations(segmentations, height, width)
         if self.with_keypoints:
             target["keypoints"] = torch.from_numpy(columns.keypoints[found])

@@ -19,7 +19,7 @@ import torch
 from pycocotools import mask as coco_mask
 
 # Caps that hold before any native code sees a number (its int and malloc arithmetic is unchecked).
-MAX_PIXELS = 100_000_000  # of a frame: 10,000 × 10,000
+MAX_PIXELS = 89_478_485  # of a frame: where Pillow begins to warn of decompression bombs, 9,459 × 9,459
 MAX_COORDINATE = 100_000.0  # of a polygon, in pixels, either sign
 MAX_OUTLINE_PIXELS = (
     4_000_000  # length of one polygon's outline; the rasteriser spends about 80 bytes a pixel of it
@@ -303,9 +303,9 @@ def check_polygon(polygon: Any) -> np.ndarray | None:
         raise ValueError(
             f"polygon {polygon!r:.40} is not a list; a segmentation is a list of polygons, [[x1, y1, ...]]"
         )
-    for number in polygon if not isinstance(polygon, np.ndarray) else ():
-        if not isinstance(number, Real) or isinstance(number, bool):
-            raise ValueError(f"polygon holds {number!r:.40}, which is not a number")
+    for kind in set(map(type, polygon)) if not isinstance(polygon, np.ndarray) else ():
+        if not issubclass(kind, Real) or kind is bool:
+            raise ValueError(f"polygon holds a {kind.__name__}, not numbers alone")
     if isinstance(polygon, np.ndarray) and (polygon.ndim != 1 or polygon.dtype.kind not in "fiu"):
         raise ValueError(
             f"polygon is an array of {polygon.dtype} {list(polygon.shape)}; give one row of numbers"
@@ -321,8 +321,8 @@ def check_polygon(polygon: Any) -> np.ndarray | None:
         raise ValueError(f"polygon has coordinate {worst:g}, beyond ±{MAX_COORDINATE:g} pixels")
     if points.size < 6:
         return None
-    closed = points.reshape(-1, 2)
-    outline = np.abs(closed - np.roll(closed, 1, axis=0)).max(axis=1).sum()
+    x, y = points[0::2], points[1::2]
+    outline = np.maximum(np.abs(np.diff(x, append=x[0])), np.abs(np.diff(y, append=y[0]))).sum()
     if outline > MAX_OUTLINE_PIXELS:
         raise ValueError(f"polygon has an outline of {outline:,.0f} pixels, more than {MAX_OUTLINE_PIXELS:,}")
     return points
@@ -347,11 +347,14 @@ def rle_counts(rle: dict[str, Any], height: int, width: int) -> np.ndarray:
     if isinstance(counts, bytes):
         runs = decode_counts([counts])[0]
     elif isinstance(counts, (list, tuple)):
-        # A run beyond the frame would overflow int64 when summed, so it is refused number by number.
-        for count in counts:
-            if not isinstance(count, Integral) or isinstance(count, bool) or not 0 <= count <= height * width:
-                raise ValueError(f"RLE count {count!r:.40} is not an integer from 0 to {height * width}")
-        runs = np.asarray(counts, np.int64)
+        for kind in set(map(type, counts)):
+            if not issubclass(kind, Integral) or kind is bool:
+                raise ValueError(f"RLE counts hold a {kind.__name__}, not integers alone")
+        if counts and not -1 < min(counts) <= max(counts) <= height * width:  # before they overflow int64
+            raise ValueError(
+                f"RLE has runs from {min(counts)} to {max(counts)}; none is negative or beyond {height}×{width} pixels"
+            )
+        runs = np.array(counts, np.int64)
     else:
         raise ValueError(f"RLE counts {counts!r:.40} are neither text nor a list of integers")
     if (runs < 0).any():

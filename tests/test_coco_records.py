@@ -1,0 +1,213 @@
+"""The fast way to read annotations gives what the plain way gives, or declines."""
+
+import json
+
+import numpy as np
+import pytest
+
+import coco_records
+from coco_records import Irregular, read_records, read_regular_file
+
+
+def random_annotation(rng, annotation_id, keypoints=0):
+    """One annotation in COCO's key order, of every kind of segmentation that is right."""
+    kind = rng.choice(["polygons", "rle", "text rle"], p=[0.8, 0.1, 0.1])
+    if kind == "polygons":
+        parts = rng.integers(1, 4)
+        segmentation = [
+            np.round(rng.uniform(-3, 700, 2 * rng.integers(3, 9)), 2).tolist() for _ in range(parts)
+        ]
+    elif kind == "rle":
+        segmentation = {"counts": [5, 10, 5], "size": [4, 5]}
+    else:
+        segmentation = {"size": [4, 5], "counts": "5:5"}  # 5, 10, 5: each character is a number below 16
+    annotation = {
+        "segmentation": segmentation,
+        "area": float(rng.uniform(0, 1e5)),
+        "iscrowd": int(kind == "rle"),
+        "image_id": int(rng.integers(1, 10**6)),
+        "bbox": np.round(rng.uniform(0, 600, 4), int(rng.integers(0, 4))).tolist(),
+        "category_id": int(rng.integers(0, 91)),
+        "id": annotation_id,
+    }
+    if keypoints:
+        points = np.stack([*rng.integers(0, 600, (2, keypoints)), rng.integers(0, 3, keypoints)], axis=1)
+        annotation = {"num_keypoints": keypoints, "keypoints": points.reshape(-1).tolist(), **annotation}
+    return annotation
+
+
+def random_file(rng, num_annotations=12, keypoints=0, shuffle_keys=False):
+    annotations = [random_annotation(rng, 100 + n, keypoints) for n in range(num_annotations)]
+    if shuffle_keys:
+        keys = rng.permutation(list(annotations[0])).tolist()
+        annotations = [{key: annotation[key] for key in keys} for annotation in annotations]
+    parts = {"info": {"year": 2017}, "images": [{"id": 1, "file_name": "a.jpg"}], "annotations": annotations}
+    parts["categories"] = [{"id": 3, "name": "[cat}]"}]
+    return {key: parts[key] for key in rng.permutation(list(parts)).tolist()}
+
+
+def segmentation_of(columns, n, text):
+    place, length = int(columns.places[n]), int(columns.lengths[n])
+    source = columns.texts if place < 0 else text
+    start = -1 - place if place < 0 else place
+    return json.loads(source[start : start + length]) if length else []
+
+
+def assert_same(columns, expected, text):
+    for name in ("ids", "image_ids", "category_ids", "boxes", "crowd", "rle_sizes", "keypoints"):
+        assert np.array_equal(getattr(columns, name), getattr(expected, name)), name
+        assert getattr(columns, name).dtype == getattr(expected, name).dtype, name
+    for n in range(len(columns.ids)):
+        ours, theirs = segmentation_of(columns, n, text), segmentation_of(expected, n, text)
+        if isinstance(ours, list):  # the file's text still has what is no polygon
+            ours = [polygon for polygon in ours if len(polygon) >= 6]
+        assert ours == theirs
+    assert columns.findings == expected.findings
+
+
+def read_plainly(text, num_keypoints):
+    content = json.loads(text)
+    return content, read_records(content["annotations"], num_keypoints)
+
+
+@pytest.mark.parametrize("separators", [(",", ":"), (", ", ": ")])
+@pytest.mark.parametrize("keypoints", [0, 3])
+def test_the_fast_way_reads_what_the_plain_way_reads(tmp_path, separators, keypoints, monkeypatch):
+    rng = np.random.default_rng(1)
+    path = tmp_path / "a.json"
+    for trial in range(20):
+        monkeypatch.setattr(coco_records, "CHUNK_BYTES", int(rng.integers(900, 5000)))
+        content = random_file(rng, keypoints=keypoints, shuffle_keys=trial % 2 == 0)
+        text = json.dumps(content, separators=separators).encode()
+        path.write_bytes(text)
+        rest, columns = read_regular_file(path)
+        assert_same(columns, read_records(content["annotations"], keypoints), text)
+        assert rest["annotations"] == [] and rest["categories"] == content["categories"]
+        assert rest["images"] == content["images"]
+
+
+def test_several_processes_read_what_one_reads(tmp_path, monkeypatch):
+    text = json.dumps(random_file(np.random.default_rng(2), num_annotations=200)).encode()
+    path = tmp_path / "a.json"
+    path.write_bytes(text)
+    monkeypatch.setattr(coco_records, "_num_processes", lambda num_bytes: 3)
+    _, columns = read_regular_file(path)
+    assert_same(columns, read_plainly(text, 0)[1], text)
+
+
+def test_a_damaged_file_is_declined_or_read_alike(tmp_path, monkeypatch):
+    """Change a few bytes of a regular file anywhere: never another answer, never a crash."""
+    rng = np.random.default_rng(3)
+    monkeypatch.setattr(coco_records, "CHUNK_BYTES", 3000)
+    path = tmp_path / "a.json"
+    read = declined = 0
+    for trial in range(600):
+        if trial % 20 == 0:
+            regular = json.dumps(random_file(rng, num_annotations=5)).encode()
+        text = bytearray(regular)
+        for _ in range(rng.integers(1, 4)):
+            at = int(rng.integers(0, len(text)))
+            new = bytes(rng.choice(list(b'0019.-,[]{}": eENaidx\\\n'), rng.integers(0, 3)).astype(np.uint8))
+            text[at : at + int(rng.integers(0, 3))] = new
+        path.write_bytes(text)
+        try:
+            rest, columns = read_regular_file(path)
+        except Irregular:
+            declined += 1
+            continue
+        read += 1
+        content, expected = read_plainly(bytes(text), 0)
+        assert not any(finding.level == "error" for finding in expected.findings)
+        assert_same(columns, expected, bytes(text))
+        assert {key: content[key] for key in rest} | {"annotations": []} == rest | {
+            key: content[key] for key in rest if key not in ("annotations",)
+        }
+    assert read > 20 and declined > 20
+
+
+@pytest.mark.parametrize(
+    "polygon",
+    ["1,2,3,4,5", "1,2,3,4", "1,2,3,4,5,6,7", "1e1,2,3,4,5,6", "12345,2,3,4,5,6", "1.2345,2,3,4,5,6", ""],
+)
+def test_unusual_polygons_are_read_one_by_one(tmp_path, polygon):
+    annotation = {
+        "segmentation": [[1, 2, 3, 4, 5, 6]],
+        "image_id": 1,
+        "bbox": [0, 0, 1, 1],
+        "category_id": 1,
+        "id": 1,
+    }
+    text = json.dumps({"images": [], "categories": [], "annotations": [annotation, annotation]})
+    text = text.replace("[[1, 2, 3, 4, 5, 6]]", f"[[{polygon}]]", 1).encode()
+    path = tmp_path / "a.json"
+    path.write_bytes(text)
+    _, columns = read_regular_file(path)
+    assert_same(columns, read_plainly(text, 0)[1], text)
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        "1.2.3",
+        "01",
+        "1.",
+        ".5",
+        "-",
+        "--1",
+        "1-2",
+        "+1",
+        "1 2",
+        "",
+        "NaN",
+        "Infinity",
+        "0x1",
+        "1_000",
+        "1e",
+        "null",
+    ],
+)
+@pytest.mark.parametrize("place", ["polygon", "bbox", "id"])
+def test_what_is_no_json_number_is_declined(tmp_path, number, place):
+    bbox, polygon, identity = "[0, 0, 1, 1]", "[[1, 2, 3, 4, 5, 6]]", "7"
+    record = '{"segmentation": POLYGON, "image_id": 1, "bbox": BBOX, "category_id": 1, "id": ID}'
+    right = record.replace("POLYGON", polygon).replace("BBOX", bbox).replace("ID", identity)
+    wrong = record.replace("POLYGON", polygon.replace("4", number) if place == "polygon" else polygon)
+    wrong = wrong.replace("BBOX", bbox.replace("0, 0", f"0, {number}") if place == "bbox" else bbox)
+    wrong = wrong.replace("ID", number if place == "id" else identity)
+    path = tmp_path / "a.json"
+    path.write_text('{"images": [], "annotations": [%s, %s], "categories": []}' % (right, wrong))  # noqa: UP031
+    with pytest.raises(Irregular):
+        read_regular_file(path)
+
+
+def test_a_float_is_no_id(tmp_path):
+    path = tmp_path / "a.json"
+    annotation = {"image_id": 1, "bbox": [0, 0, 1, 1], "category_id": 1, "id": 7}
+    for wrong in ({"id": 7.0}, {"image_id": 1.5}, {"category_id": 2.0}, {"id": 2**53}, {"id": 2**70}):
+        content = {"images": [], "annotations": [annotation, annotation | wrong], "categories": []}
+        path.write_text(json.dumps(content))
+        if wrong == {"id": 2**53}:  # right, but beyond what a double tells apart: read in the plain way
+            assert read_regular_file(path)[1].ids.tolist() == [7, 2**53]
+            continue
+        with pytest.raises(Irregular):
+            read_regular_file(path)
+
+
+def test_other_layouts_are_declined(tmp_path):
+    path = tmp_path / "a.json"
+    annotation = random_annotation(np.random.default_rng(4), 1)
+    files = [
+        b"",
+        b"[]",
+        b'{"annotations": []}',
+        json.dumps({"annotations": [annotation]}, indent=1).encode(),
+        json.dumps({"annotations": [annotation | {"attributes": {"a": 1}}]}).encode(),
+        json.dumps({"annotations": [annotation | {"note": "a"}]}).encode(),
+        json.dumps({"x": {"annotations": [annotation]}}).encode(),
+        json.dumps({"x": {"annotations": [annotation]}, "annotations": []}).encode(),
+        json.dumps({"annotations": [annotation]}).encode()[:-30],
+    ]
+    for text in files:
+        path.write_bytes(text)
+        with pytest.raises((Irregular, ValueError)):
+            read_regular_file(path)
