@@ -3,7 +3,7 @@
 import torch
 import torchvision
 from torch import nn
-from torchvision.models import detection, get_model, list_models
+from torchvision.models import detection, get_model, get_model_weights, list_models
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -18,6 +18,13 @@ from utils import UserError
 NAMES = list_models(module=detection)
 NORMS = ("frozen", "batch", "sync", "group")
 GROUP_NORM_GROUPS = 32
+NORM_KINDS = (
+    (FrozenBatchNorm2d, "frozen"),
+    (nn.SyncBatchNorm, "sync"),
+    (nn.BatchNorm2d, "batch"),
+    (nn.GroupNorm, "group"),
+    (nn.LayerNorm, "layer"),
+)
 # Stages that train by default once the backbone is pretrained, by builder; the others train 3. Source: torchvision.
 DEFAULT_TRAINABLE = {"ssd300_vgg16": 4, "ssdlite320_mobilenet_v3_large": 6}
 # Builders whose pretrained backbones keep live BatchNorm in torchvision; those of the others are frozen.
@@ -62,7 +69,7 @@ def build_model(
     min_size, max_size: pixels, resizing inside the model; min_size may be a tuple to draw from in training.
     rois_per_image: RoIs sampled for the heads in training, a quarter of them objects at most; None: 512.
     reference_ops: leave torchvision's own modules in, for comparison.
-    Returns (model, reports): reports are lines that say what the weights matched.
+    Returns (model, report): what the weights matched, a weights.Report, or None without weights.
     Raises UserError for what cannot be built.
     """
     if name not in NAMES:
@@ -84,28 +91,35 @@ def build_model(
     if backbone is not None:
         replace_backbone(model, backbone)
 
-    reports = []
-    if weights_backbone is not None and weights is None:
-        reports.append(weights_module.load_backbone_weights(model, weights_backbone))
-    if weights is not None:
-        reports.append(
-            weights_module.load_weights(model, weights, classes=classes, category_ids=category_ids)
-        )
-    pretrained = bool(reports)
+    pretrained = weights is not None or weights_backbone is not None
     if norm is None:
         norm = "frozen" if pretrained and name not in LIVE_NORM else "batch"
-    if norm_eps is None:
-        norm_eps = next((r.norm_eps for r in reports if r.norm_eps is not None), None)
-    convert_norm(model.backbone, norm, norm_eps)
+    convert_norm(model.backbone, norm)
+    report = None
+    if weights is not None:
+        source = enum_member(name, weights)
+        report = weights_module.load_weights(model, source, classes=classes, category_ids=category_ids)
+    elif weights_backbone is not None:
+        report = weights_module.load_backbone_weights(model, weights_backbone)
+    if norm_eps is None and report is not None and norm == "frozen":
+        norm_eps = report.norm_eps
+    if norm_eps is not None:
+        set_norm_eps(model.backbone, norm_eps)
     if trainable_layers is None and pretrained:
-        trainable_layers = DEFAULT_TRAINABLE.get(name, 3)
+        trainable_layers = min(DEFAULT_TRAINABLE.get(name, 3), len(stages_of(model.backbone)))
     if trainable_layers is not None:
         freeze_stages(model.backbone, trainable_layers)
     if is_rcnn(model) and not reference_ops:
         rcnn.install_fast_parts(model)
     else:
         model.register_forward_pre_hook(torchvision_inputs)
-    return model, [str(report) for report in reports]
+    return model, report
+
+
+def enum_member(name, weights):
+    """`weights` as weights.py takes it: a bare member's name (DEFAULT, COCO_V1) belongs to the builder `name`."""
+    members = get_model_weights(name).__members__
+    return members.get(weights, weights)
 
 
 def torchvision_inputs(module, args):
@@ -242,19 +256,19 @@ def freeze_stages(backbone, trainable):
 # --- norm layers ---------------------------------------------------------------------------------------
 
 
-def convert_norm(module, kind, eps=None):
-    """Turn every batch norm below `module` into `kind`, weights and statistics kept, in place."""
+def convert_norm(module, kind):
+    """Turn every batch norm below `module` into `kind`, weights, statistics and eps kept, in place."""
     if kind not in NORMS:
         raise UserError(f"--norm {kind}: choose one of {', '.join(NORMS)}")
     for name, child in module.named_children():
         if isinstance(child, (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)):
-            setattr(module, name, converted_norm(child, kind, child.eps if eps is None else eps))
+            setattr(module, name, converted_norm(child, kind))
         else:
-            convert_norm(child, kind, eps)
+            convert_norm(child, kind)
 
 
-def converted_norm(old, kind, eps):
-    channels = old.weight.numel()
+def converted_norm(old, kind):
+    channels, eps = old.weight.numel(), old.eps
     if kind == "frozen":
         new = FrozenBatchNorm2d(channels, eps=eps)
     elif kind == "group":
@@ -271,17 +285,17 @@ def converted_norm(old, kind, eps):
     return new
 
 
+def set_norm_eps(module, eps):
+    """Give every norm layer below `module` this eps."""
+    for child in module.modules():
+        if isinstance(child, tuple(cls for cls, _ in NORM_KINDS)):
+            child.eps = eps
+
+
 def describe_norm(model):
     """{"type", "eps"} of the backbone's norm layers: what a checkpoint records and a later load checks."""
-    kinds = (
-        (FrozenBatchNorm2d, "frozen"),
-        (nn.SyncBatchNorm, "sync"),
-        (nn.BatchNorm2d, "batch"),
-        (nn.GroupNorm, "group"),
-        (nn.LayerNorm, "layer"),
-    )
     for module in model.backbone.modules():
-        for cls, kind in kinds:
+        for cls, kind in NORM_KINDS:
             if isinstance(module, cls):
                 return {"type": kind, "eps": module.eps}
     return {"type": "none", "eps": 0.0}

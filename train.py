@@ -328,7 +328,7 @@ def main(args):
 
     train_set, val_set = build_datasets(args)
     dataset = train_set or val_set
-    detector, reports = models.build_model(
+    detector, report = models.build_model(
         args.model,
         num_classes=len(dataset.classes) + 1,
         backbone=args.backbone,
@@ -373,8 +373,8 @@ def main(args):
         detector, optimizer, schedule, scaler, optim.Ema(detector, args.ema_decay), epoch=args.start_epoch
     )
     log = RunLog(output_dir, total_steps)
-    for report in reports:
-        log.say(report)
+    if report is not None:
+        log.say(str(report))
     best = {"best": -math.inf, "best_epoch": None}
     if resumed is not None:
         best = restore(args, state, resumed, resume_path, dataset.classes, dataset.category_ids, device, log)
