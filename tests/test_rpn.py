@@ -375,3 +375,18 @@ def test_on_the_cpu_only_the_suppression_has_shapes_that_depend_on_data(monkeypa
         _, losses = ours(images, features, make_targets(6, 0))
         sum(losses.values()).backward()
     assert waits.names == []
+
+
+def test_the_loss_path_is_one_graph(monkeypatch):
+    """Nothing in it breaks a compiled region, and compiling changes neither losses nor gradients."""
+    ours = RegionProposalNetwork.from_torchvision(make_rpn())
+    monkeypatch.setattr(ours, "propose", lambda *args: None)
+    images, features = make_inputs((64, 96), (96, 64))
+    targets, keys = make_targets(3, 0, side=30), make_keys(images, features)
+    _, expected = ours(images, features, targets, keys)
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    _, losses = compiled(images, features, targets, keys)
+    assert losses == expected
+    grads, expected_grads = (gradients(ours, features, values) for values in (losses, expected))
+    for name, grad in expected_grads.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-5, atol=1e-7)
