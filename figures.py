@@ -17,7 +17,7 @@ PALETTE = [
 ]  # fmt: skip
 
 
-def predictions(dataset, results, num_images=8, score_threshold=0.5, columns=2):
+def predictions(dataset, results, num_images=8, score_threshold=0.7, columns=2):
     """A grid of evaluated images: ground truth on the left of each pair, predictions on the right.
 
     dataset: CocoDataset. results: COCO results in the json's ids. Images are spread evenly over the set, so the

@@ -82,6 +82,13 @@ def build_datasets(args):
         paths["train"] = (Path(args.train_images), Path(args.train_annotations))
     if args.val_annotations:
         paths["val"] = (Path(args.val_images), Path(args.val_annotations))
+    needed = {"train": ("train",), "eval": ("val",)}.get(args.mode, ("train", "val"))
+    for split in needed:
+        if split not in paths:
+            raise UserError(
+                f"no {split} data: give --data-path, or --{split}-images and --{split}-annotations"
+                + ("; --mode train goes without validation" if split == "val" else "")
+            )
     fields = {"with_masks": "maskrcnn" in args.model, "with_keypoints": "keypoint" in args.model}
     train = val = None
     if args.mode != "eval":
@@ -517,8 +524,11 @@ def cli(argv=None):
         main(arguments.parse_args(__doc__, argv))
         return 0
     except UserError as error:
-        if utils.is_main_process():
-            print(f"error: {error}", file=sys.stderr)
+        message = str(error).strip()
+        if "in DataLoader worker process" in message:  # the worker's traceback, its own message last
+            message = message.rsplit("UserError: ", 1)[-1]
+        if utils.is_main_process() or "DataLoader" in str(error):
+            print(f"error: {message}", file=sys.stderr)
         return EXIT_USER_ERROR
     except engine.NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr)
