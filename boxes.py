@@ -241,7 +241,8 @@ def suppress_on_cpu(boxes, scores, valid, iou_threshold, lengths, num_keep):
     """`suppress` by torchvision's operator, run by run.
 
     Its time grows with the square of a run. Boxes below the num_keep best survivors cannot change these, so the
-    better part of the candidates is tried first: 73 ms became 27 for 2 images of 8,663 candidates.
+    better part of the candidates is tried first: a quarter of the time for 2,000 of 8,663 candidates of which
+    most survive. Where too few do, the second try adds that much.
     """
     keep = torch.zeros_like(valid)
     for image in range(len(boxes)):
