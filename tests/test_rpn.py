@@ -1,7 +1,8 @@
 """The batched RPN against torchvision's: same weights, images, targets and sampled anchors, same numbers.
 
 Tolerances: losses 1e-5 relative and gradients 1e-4 of their largest value in float32; under bf16 autocast, against
-float32, 2% of the losses and 5% of the gradients' norms (measured 0.3% and 1%). Proposals are equal to the bit.
+float32, 1% of the losses and 10% of the gradients' norms (measured 0.05% and 4.7%, the dense backward's being the
+same). Proposals are equal to the bit.
 """
 
 import copy
@@ -170,10 +171,10 @@ def test_bf16_autocast_is_close_to_float32(sparse):
     assert proposals.boxes.dtype == torch.float32
     for name in expected:
         assert losses[name].dtype == torch.float32
-        torch.testing.assert_close(losses[name], expected[name], rtol=2e-2, atol=0)
+        torch.testing.assert_close(losses[name], expected[name], rtol=1e-2, atol=0)
     for name, grad in gradients(ours, half, losses).items():
         assert grad.dtype == (torch.bfloat16 if name in half else torch.float32)
-        assert (grad - expected_grads[name]).norm() <= 5e-2 * expected_grads[name].norm(), name
+        assert (grad - expected_grads[name]).norm() <= 0.1 * expected_grads[name].norm(), name
 
 
 def test_bf16_autocast_rounds_like_the_dense_backward():
