@@ -411,6 +411,8 @@ def _read_part(path: Path, begin: int, end: int, layout: _Layout) -> Columns:
 
 
 def _read_chunk_plainly(text: bytes, layout: _Layout) -> Columns:
+    if "keypoints" not in layout.keys and b'"keypoints"' in text:
+        raise Irregular  # how many there are, the first record did not say
     columns = read_records(_load_json(b"[" + text + b"]"), layout.num_keypoints)
     if any(finding.level == "error" for finding in columns.findings):
         raise Irregular
