@@ -22,7 +22,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 # Names the cache folder. Raise it with every change of a pixel or an annotation: old caches then stay unread.
-VERSION = 1
+VERSION = 2
 
 # --- difficulty ----------------------------------------------------------------------------------
 
@@ -40,15 +40,20 @@ CLASSES = {
     "crescent": (21, 85, 2),
 }
 # (smallest, largest, weight): the square root of an object's area, in thousandths of the image's short side.
-SCALES = ((640, 760, 13), (210, 520, 76), (110, 190, 11))
-OBJECT_COUNTS = (1, 2, 2, 3, 3, 3, 4, 4, 5)  # one is drawn for each image
-STRETCH = 16  # an object is up to this many 64ths longer than wide
-MIN_VISIBLE = 70  # percent of an object that must stay visible under those painted after it
+SCALES = ((620, 700, 8), (230, 500, 84), (130, 190, 8))
+OBJECT_COUNTS = (1, 2, 3, 3, 3, 4, 4, 5)  # one is drawn for each image
+MAX_TURN = 30  # degrees either way; a star is turned by half of it at most
+STRETCH = 12  # an object is up to this many 64ths longer than wide
+MIN_VISIBLE = 80  # percent of an object that must stay visible under those painted after it
 MIN_INSIDE = 85  # percent of its extent, along x and along y, that must lie in the image
 PLACING_TRIES = 12
+# Lowest and highest R, G, B of a texture's mean colour. Objects are mostly the brighter ones, so that a short
+# training from scratch is spent on their shapes rather than on telling them from the background.
+BACKGROUND_COLOURS = (15, 105)
+OBJECT_COLOURS = (90, 250)
 MIN_CONTRAST = 170  # of an object's colour to the background and to every other object, sum over R, G, B
-BACKGROUND_VARIATION = 40  # of a texture around its mean, each of R, G, B
-OBJECT_VARIATION = 35
+BACKGROUND_VARIATION = 30  # of a texture around its mean, each of R, G, B
+OBJECT_VARIATION = 30
 NOISE = 4
 MAX_CLUTTER = 7  # bars and specks of no class in the background
 CROWD_EVERY = 16  # one image in this many has a crowd region, the second one first
@@ -74,7 +79,7 @@ STAR = _corners(*((-90 + 36 * i, 46 if i % 2 else 100) for i in range(10)))
 
 KEYPOINT_CLASS = "star"
 # A fifth of the way in from each tip. A star is turned by less than 36 degrees, half the way to the next
-# tip, so the names are unambiguous; left and right are those of the viewer.
+# tip, so that the names are unambiguous; left and right are those of the viewer.
 KEYPOINTS = {
     "top": (-90, 80),
     "left_arm": (-162, 80),
@@ -83,7 +88,6 @@ KEYPOINTS = {
     "right_foot": (54, 80),
 }
 SKELETON = [[1, 2], [1, 3], [2, 4], [3, 5], [4, 5]]
-MAX_STAR_TURN = 24  # degrees either way
 # Spread of each keypoint for the similarity of COCO's keypoint metric, about that of COCO's hips.
 KEYPOINT_SIGMA = 0.1
 
@@ -243,7 +247,7 @@ def _paint(rng, image, mask, colour, variation):
 
 def _contrasting_colour(rng, colours):
     """A random colour at least MIN_CONTRAST from all the given ones, or the farthest of 16: int64 [3]."""
-    candidates = _draw(rng, 0, 255, (16, 3))
+    candidates = _draw(rng, *OBJECT_COLOURS, (16, 3))
     contrast = abs(candidates[:, None] - np.array(colours)[None]).sum(2).min(1)  # [16]
     enough = contrast >= MIN_CONTRAST
     return candidates[enough.argmax() if enough.any() else contrast.argmax()]
@@ -251,7 +255,7 @@ def _contrasting_colour(rng, colours):
 
 def _turn(rng, kind):
     """Random degrees that this kind of shape may be turned by."""
-    most = MAX_STAR_TURN if kind == KEYPOINT_CLASS else 180
+    most = MAX_TURN // 2 if kind == KEYPOINT_CLASS else MAX_TURN
     return _draw(rng, -most, most)
 
 
@@ -277,7 +281,7 @@ class _Picture:
 
     def __init__(self, rng, height, width):
         self.rng = rng
-        background = _draw(rng, 20, 235, 3)
+        background = _draw(rng, *BACKGROUND_COLOURS, 3)
         self.colours = [background]
         self.image = np.empty((3, height, width), dtype=np.uint8)
         _paint(rng, self.image, np.ones((height, width), dtype=bool), background, BACKGROUND_VARIATION)

@@ -331,9 +331,9 @@ def test_data_set_is_the_same_everywhere(tmp_path):
     for path in sorted(folder.glob("*2017/*.png")):
         pixels.update(np.ascontiguousarray(read_image(path)).tobytes())
     assert (shapes.VERSION, annotations.hexdigest()[:16], pixels.hexdigest()[:16]) == (
-        1,
-        "79cd6e99c496cb96",
-        "315673d309665488",
+        2,
+        "16411a42ed5c596b",
+        "e3fb23ab83db266a",
     )
 
 
