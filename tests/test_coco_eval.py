@@ -5,6 +5,7 @@ import io
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -222,6 +223,7 @@ def test_a_prediction_that_is_not_finite_is_refused(name, value):
 
 # --- gathering ----------------------------------------------------------------------------------------------
 
+TIMEOUT = timedelta(seconds=20)
 IMAGE_IDS = [30, 10, 20, 5, 40]  # not sorted: the data set's order counts
 
 
@@ -238,10 +240,10 @@ def gather_on_rank(rank, folder):
     """Run by three processes: gather in groups of 1, 2 and 3 ranks, and leave what each rank got."""
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), 3)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=3)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=3, timeout=TIMEOUT)
     got = {}
     for world_size in (1, 2, 3):
-        group = dist.new_group(list(range(world_size)))
+        group = dist.new_group(list(range(world_size)), timeout=TIMEOUT)
         if rank < world_size:
             mine = results_of(IMAGE_IDS[rank::world_size])
             got[f"{world_size} ranks"] = coco_eval.gather_results(mine, IMAGE_IDS, group)
@@ -261,9 +263,9 @@ def gathered(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gather")
     # Forked, as loader workers are: three fresh interpreters would import torch for ten seconds.
     ranks = torch.multiprocessing.start_processes(
-        gather_on_rank, (folder,), nprocs=3, join=False, start_method="fork"
+        gather_on_rank, (folder,), nprocs=3, join=False, daemon=True, start_method="fork"
     )
-    joined = [ranks.join(timeout=60) for _ in range(3)]  # each call waits for one more to end
+    joined = [ranks.join(timeout=30) for _ in range(3)]  # each call waits for one more to end
     assert joined[-1], "the ranks hang"
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(3)]
 
