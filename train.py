@@ -11,6 +11,7 @@ import math
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -386,6 +387,8 @@ def main(args):
     if resumed is not None:
         best = restore(args, state, resumed, resume_path, dataset.classes, dataset.category_ids, device, log)
     if world_size > 1 and train_set is not None:
+        # DDP copies the few gradients of 1×1 kernels whose strides differ in name only; it need not say so.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         state.model = torch.nn.parallel.DistributedDataParallel(
             detector,
             device_ids=[device.index] if device.type == "cuda" else None,
