@@ -26,7 +26,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from coco_utils import load_index
-from masks import check_frame, check_polygon, rle_counts
+from masks import check_frame, rle_counts
 from utils import UserError, write_json
 
 MASK_THRESHOLD = 0.5
@@ -297,48 +297,42 @@ def read_ground_truth(path):
     "keypoints" and "num_keypoints".
     Raises UserError for a file that cannot be used. Warns of annotations that are left out.
     """
-    index = load_index(path)
+    index = load_index(path)  # refuses what native code must not see
     content = json.loads(Path(path).read_bytes())
     sizes = dict(zip(index.image_ids.tolist(), index.sizes.tolist(), strict=True))
     usable = set(index.annotation_ids.tolist())
-    annotations = []
-    for annotation in content["annotations"]:
-        if annotation["id"] not in usable:
-            continue
-        try:
-            annotations.append(_clean_annotation(annotation, *sizes[annotation["image_id"]]))
-        except ValueError as error:
-            raise UserError(f"{path}: annotation {annotation['id']}: {error}; correct or remove it") from None
     categories = [
         {"id": category["id"], "name": name, "keypoints": category.get("keypoints", [])}
         for category, name in zip(content["categories"], _class_names(content["categories"]), strict=True)
     ]
-    images = [
-        {"id": image_id, "height": height, "width": width} for image_id, (height, width) in sizes.items()
-    ]
-    return {"images": images, "categories": categories, "annotations": annotations}
+    return {
+        "images": [
+            {"id": image_id, "height": height, "width": width} for image_id, (height, width) in sizes.items()
+        ],
+        "categories": categories,
+        "annotations": [
+            _fill_in(annotation, *sizes[annotation["image_id"]])
+            for annotation in content["annotations"]
+            if annotation["id"] in usable
+        ],
+    }
 
 
-def _clean_annotation(annotation, height, width):
-    """What scoring needs of one annotation, fit for native code. Raises ValueError where that cannot be."""
-    clean = {key: annotation[key] for key in ("id", "image_id", "category_id", "bbox")}
-    clean["iscrowd"] = int(annotation.get("iscrowd", 0))
+def _fill_in(annotation, height, width):
+    """What scoring needs of an annotation, with what the file may leave out."""
+    filled = {key: annotation[key] for key in ("id", "image_id", "category_id", "bbox")}
+    filled["iscrowd"] = int(annotation.get("iscrowd", 0))
     segmentation = annotation.get("segmentation") or []
-    if isinstance(segmentation, dict):
-        rle_counts(segmentation, height, width)
-    else:
-        polygons = [check_polygon(polygon) for polygon in segmentation]
-        segmentation = [polygon.tolist() for polygon in polygons if polygon is not None]
-    clean["segmentation"] = segmentation
-    clean["area"] = annotation["area"] if "area" in annotation else _area(clean, height, width)
-    if not isinstance(clean["area"], (int, float)) or not 0 <= clean["area"] < math.inf:
-        raise ValueError(f"area {clean['area']!r:.40} is not a number of pixels")
+    if isinstance(segmentation, list):  # what is shorter is no polygon; an odd number at the end is ignored
+        segmentation = [polygon[: len(polygon) // 2 * 2] for polygon in segmentation if len(polygon) >= 6]
+    filled["segmentation"] = segmentation
+    filled["area"] = annotation["area"] if "area" in annotation else _area(filled, height, width)
     if annotation.get("keypoints"):
-        clean["keypoints"] = annotation["keypoints"]
-        visible = sum(visibility > 0 for visibility in clean["keypoints"][2::3])
+        filled["keypoints"] = annotation["keypoints"]
+        visible = sum(visibility > 0 for visibility in annotation["keypoints"][2::3])
         count = annotation.get("num_keypoints")
-        clean["num_keypoints"] = count if isinstance(count, int) else visible
-    return clean
+        filled["num_keypoints"] = count if isinstance(count, int) else visible
+    return filled
 
 
 def read_results(path):
