@@ -182,7 +182,7 @@ def _build_index(path: Path, content: Any, columns: Columns | None) -> CocoIndex
             findings.append(Finding("error", f"{name} {value}", f"occurs {count} times", action))
     sizes = np.array([(image.height, image.width) for image in images], np.int64).reshape(-1, 2)
     findings += columns.findings
-    image_of, boxes, keep = _resolve(columns, image_ids, category_ids, sizes, findings)
+    image_of, boxes, keep = _resolve(columns, image_ids, category_ids, sizes, findings, content)
     order = keep[np.argsort(image_of[keep], kind="stable")]
     num_keypoints = len(keypoint_names)
     return CocoIndex(
@@ -212,6 +212,7 @@ def _resolve(
     category_ids: np.ndarray,
     sizes: np.ndarray,
     findings: list[Finding],
+    content: dict[str, Any],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(image of each record or -1, boxes xyxy clipped to it, records to keep); adds the findings."""
     image_of = _find(image_ids, columns.image_ids)
@@ -223,73 +224,45 @@ def _resolve(
     boxes[:, 2:] = np.clip(columns.boxes[:, :2] + columns.boxes[:, 2:], 0, limits)
     flat = (columns.boxes[:, 2:] <= 0).any(axis=1)
     outside = ~flat & (boxes[:, 2:] <= boxes[:, :2]).any(axis=1)
-    is_rle = columns.rle_sizes[:, 0] > 0
-    wrong_rle = (
-        listed & is_rle & (columns.rle_sizes != sizes[image_of]).any(axis=1)
-        if len(sizes)
-        else ~listed & False
-    )
+    wrong_rle = listed & (columns.rle_sizes[:, 0] > 0) & (columns.rle_sizes != limits[:, ::-1]).any(axis=1)
+    # What belongs to an image or category that is itself in error is not reported over again.
+    orphan, nameless = ~listed, ~known
+    if orphan.any():
+        orphan &= ~np.isin(columns.image_ids, _ids(content["images"]))
+    if nameless.any():
+        nameless &= ~np.isin(columns.category_ids, _ids(content["categories"]))
 
     def report(which: np.ndarray, level: str, what: str, action: str, kind: str = "") -> None:
         for n in np.flatnonzero(which).tolist():
-            subject = f"annotation {columns.ids[n]} (image {columns.image_ids[n]})"
             values = {
-                "box": columns.boxes[n].tolist(),
+                "box": f"{columns.boxes[n].tolist()} (x, y, width, height)",
                 "category": columns.category_ids[n],
                 "rle": columns.rle_sizes[n].tolist(),
-                "size": sizes[image_of[n]].tolist() if listed[n] else None,
+                "size": f"{limits[n, ::-1].tolist()} (height, width)",
             }
+            subject = f"annotation {columns.ids[n]} (image {columns.image_ids[n]})"
             findings.append(Finding(level, subject, what.format(**values), action, kind))
 
-    report(
-        ~known,
-        "error",
-        "has category {category}, which the file does not list",
-        "add the category, or remove it",
-    )
-    report(
-        wrong_rle,
-        "error",
-        "has an RLE of size {rle}, but its image is {size} (height, width)",
-        "correct one of them",
-    )
-    report(
-        columns.ids == 0,
-        "warning",
-        "has id 0",
-        "evaluation gives it another id, since pycocotools takes 0 for no match",
-        "annotations with id 0",
-    )
-    report(
-        ~listed,
-        "warning",
-        "belongs to an image that the file does not list",
-        "left out",
-        "annotations of images that the file does not list",
-    )
-    report(
-        listed & flat,
-        "warning",
-        "has box {box} (x, y, width, height) of no width or height",
-        "left out",
-        "annotations with a box of no width or height",
-    )
-    report(
-        listed & outside,
-        "warning",
-        "has box {box} (x, y, width, height) outside its image of {size} (height, width)",
-        "left out",
-        "annotations with a box outside their image",
-    )
+    what = "has category {category}, which the file does not list"
+    report(nameless, "error", what, "add the category, or remove the annotation")
+    what = "has an RLE of size {rle}, but its image is {size}"
+    report(wrong_rle, "error", what, "correct one of them")
+    action = "evaluation gives it another id, since pycocotools takes 0 for no match"
+    report(columns.ids == 0, "warning", "has id 0", action, "annotations with id 0")
+    kind = "annotations of images that the file does not list"
+    report(orphan, "warning", "belongs to an image that the file does not list", "left out", kind)
+    kind = "annotations with a box of no width or height"
+    report(listed & flat, "warning", "has box {box} of no width or height", "left out", kind)
+    kind = "annotations with a box outside their image"
+    report(listed & outside, "warning", "has box {box} outside its image of {size}", "left out", kind)
     keep = listed & known & ~flat & ~outside
-    report(
-        keep & (columns.lengths == 0),
-        "warning",
-        "has no segmentation",
-        "left out where masks are trained",
-        "annotations without a segmentation",
-    )
+    kind, action = "annotations without a segmentation", "left out where masks are trained"
+    report(keep & (columns.lengths == 0), "warning", "has no segmentation", action, kind)
     return image_of, boxes, np.flatnonzero(keep)
+
+
+def _ids(records: list[Any]) -> list[int]:
+    return [r["id"] for r in records if isinstance(r, dict) and is_integer(r.get("id"))]
 
 
 def _find(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:

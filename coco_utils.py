@@ -1,48 +1,63 @@
 """COCO-format data: an annotation file and an image folder as a Dataset; category id ↔ label.
 
+    python3 coco_utils.py check ANNOTATIONS [--images DIR]
+    python3 coco_utils.py download DIR
+
 Letters: N objects of an image, J keypoints, K classes (labels 1..K, 0 background).
 """
 
 from __future__ import annotations
 
-import os
+import argparse
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 import torch
 
+import coco_check
+import coco_download
+import image_files
 from coco_index import BadAnnotationFile, CocoIndex, Finding, read_index
 from masks import CroppedMasks
 from transforms import Target, Transform
 from utils import UserError
 
-MIN_VISIBLE_KEYPOINTS = 10  # of an image to be trained on, as in torchvision's reference; for 17 keypoints
+Sample = tuple[torch.Tensor, Target]
+
+MIN_VISIBLE_KEYPOINTS = (
+    10  # in an image to be trained on, for COCO's 17 keypoints; as in torchvision's reference
+)
+NUM_HEADERS_CHECKED = (
+    256  # images whose headers are read before training; a set of up to so many is read whole
+)
 
 
 class CocoDataset(torch.utils.data.Dataset):
     """Images and targets of one COCO annotation file.
 
     image_folder, annotation_file: paths. The file's `file_name`s are relative to the folder and stay inside it.
-    transforms: (image, target, rng) -> (image, target), or None.
-    with_masks: targets have "masks", and an object without a segmentation is none. with_keypoints: targets have
+    transforms: (image, target, rng) -> (image, target), or None. It may be set later.
+    with_masks: targets have "masks", and what has no segmentation is no object. with_keypoints: targets have
         "keypoints".
-    training: leave out images without objects to learn from, as torchvision's reference does: none but crowds,
-        only boxes of a side of at most one pixel, or, with keypoints, too few visible ones (10 in an image for
-        COCO's 17 keypoints of a person, one for any other skeleton). keep_empty: leave them in.
+    training: leave out images without objects to learn from, as torchvision's reference does: those with none but
+        crowds, with boxes of a side of at most one pixel alone, or, with keypoints, with too few visible ones (10
+        in an image for COCO's 17 keypoints of a person; 1 for any other skeleton). keep_empty: leave them in.
     num_samples: at most so many images, drawn from `seed` alone, so they are the same on every rank.
-    seed: also that of the transforms' randomness, a function of (seed, epoch, index).
+    seed: of the subset, and of the transforms' randomness, which depends on (seed, epoch, index) alone.
+    batch_transform: (list of samples, rng) -> list of samples, for what mixes the images of a batch.
+    skip_broken: give the next image in place of one that cannot be decoded, with a warning. Which one that is
+        depends on the files alone, so all ranks and runs do the same.
 
     A key is an index, or (epoch, index). A sample is (image, target): image uint8 [3, H, W], RGB; target a dict of
-    boxes float32 [N, 4] xyxy pixels, labels int64 [N], image_id int and, as asked for, masks (CroppedMasks) and
-    keypoints float32 [N, J, 3].
-    Images are decoded as stored: an EXIF orientation is ignored, as COCO and torchvision's reference do. A size
-    that differs from the json's is an error.
+    boxes float32 [N, 4] xyxy pixels, labels int64 [N], image_id int and, as asked for, masks (CroppedMasks of N) and
+    keypoints float32 [N, J, 3] (x, y, visibility). Crowds are never objects.
 
-    Raises UserError for a file that cannot be used and for missing images; warns of annotations that are left out.
+    Raises UserError for an annotation file that cannot be used, for images that are missing, lie outside the folder,
+    or (ImageError) are broken or of another size than the file says. Warns of annotations that are left out.
     """
 
     def __init__(
@@ -57,32 +72,33 @@ class CocoDataset(torch.utils.data.Dataset):
         keep_empty: bool = False,
         num_samples: int | None = None,
         seed: int = 0,
+        batch_transform: Callable[[list[Sample], np.random.Generator], list[Sample]] | None = None,
+        skip_broken: bool = False,
     ) -> None:
         self.image_folder, self.annotation_file = Path(image_folder), Path(annotation_file)
-        self.transforms, self.seed = transforms, seed
-        self.with_masks, self.with_keypoints = with_masks, with_keypoints
+        self.transforms, self.batch_transform, self.seed = transforms, batch_transform, seed
+        self.with_masks, self.with_keypoints, self.skip_broken = with_masks, with_keypoints, skip_broken
         self.index = index = load_index(self.annotation_file)
         if with_keypoints and not index.keypoint_names:
             raise UserError(
                 f"{annotation_file}: no category has keypoints; take a person_keypoints file, or a model without"
             )
-        self._is_target = ~index.crowd
-        if with_masks:
-            self._is_target &= index.has_mask
-        self._rows = np.arange(len(index.image_ids))  # place in the index of each image of this data set
+        self._is_target = ~index.crowd & index.has_mask if with_masks else ~index.crowd
+        self._images = np.arange(len(index.image_ids))  # place in the index of each image of this data set
         if training and not keep_empty:
-            self._rows = np.flatnonzero(_images_to_learn_from(index, self._is_target, with_keypoints))
-            if len(self._rows) == 0:
+            self._images = np.flatnonzero(_images_to_learn_from(index, self._is_target, with_keypoints))
+            if len(self._images) == 0:
+                kind = "keypoints" if with_keypoints else "a mask" if with_masks else "a box"
                 raise UserError(
-                    f"{annotation_file}: none of {len(index.image_ids)} images has an object to train on "
+                    f"{annotation_file}: none of {len(index.image_ids)} images has an object with {kind} to train on "
                     f"({len(index.labels)} annotations, {int(index.crowd.sum())} of them crowd, "
-                    f"{int(self._is_target.sum())} usable); --keep-empty trains on images without objects"
+                    f"{int(self._is_target.sum())} usable); --keep-empty trains on images without objects too"
                 )
         if num_samples is not None:
             if num_samples < 1:
                 raise UserError(f"a subset of {num_samples} images; it must have at least one")
-            drawn = np.random.default_rng(seed).permutation(len(self._rows))[:num_samples]
-            self._rows = self._rows[np.sort(drawn)]
+            drawn = np.random.default_rng(seed).permutation(len(self._images))[:num_samples]
+            self._images = self._images[np.sort(drawn)]
         self._check_files()
 
     # ------------------------------------------------------------------ what it holds
@@ -105,30 +121,30 @@ class CocoDataset(torch.utils.data.Dataset):
     def keypoint_flip(self) -> list[int]:
         """[J] the keypoint that each becomes in a mirror, by names: left_eye and right_eye trade places."""
         names = self.index.keypoint_names
-        mirrored = [_swap_sides(name) for name in names]
-        return [names.index(m) if m in names else n for n, m in enumerate(mirrored)]
+        mirrored = [n.replace("left", "\0").replace("right", "left").replace("\0", "right") for n in names]
+        return [names.index(other) if other in names else n for n, other in enumerate(mirrored)]
 
     @property
     def image_ids(self) -> list[int]:
-        return self.index.image_ids[self._rows].tolist()
+        return self.index.image_ids[self._images].tolist()
 
     @property
     def image_sizes(self) -> list[tuple[int, int]]:
         """(height, width) of each image, from the json."""
-        return [(h, w) for h, w in self.index.sizes[self._rows].tolist()]
+        return [(height, width) for height, width in self.index.sizes[self._images].tolist()]
 
     @property
     def aspect_ratios(self) -> np.ndarray:
         """float64 [images], width / height."""
-        sizes = self.index.sizes[self._rows]
+        sizes = self.index.sizes[self._images]
         return sizes[:, 1] / sizes[:, 0]
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._images)
 
     # ------------------------------------------------------------------ samples
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, Target]:
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         image, target = self._load(index)
         if self.transforms is not None:
@@ -136,54 +152,86 @@ class CocoDataset(torch.utils.data.Dataset):
             image, target = self.transforms(image, target, rng)
         return image, target
 
+    def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> list[Sample]:
+        """The samples of one batch, through the batch transform; what a DataLoader calls."""
+        samples = [self[key] for key in keys]
+        if self.batch_transform is not None:
+            entropy = np.array([key if isinstance(key, tuple) else (0, key) for key in keys]).reshape(-1)
+            samples = self.batch_transform(samples, np.random.default_rng([self.seed, *entropy.tolist()]))
+        return samples
+
     def picture(self, index: int) -> tuple[np.ndarray, Target]:
-        """An image as uint8 [H, W, 3], RGB, and its target, both without transforms: to look at."""
+        """An image as uint8 [H, W, 3], RGB, and its target, without transforms: to look at."""
         image, target = self._load(index)
         return image.permute(1, 2, 0).numpy(), target
 
-    def _load(self, index: int) -> tuple[torch.Tensor, Target]:
-        row = self._rows[index]
-        height, width = self.index.sizes[row].tolist()
-        path = self.image_folder / os.fsdecode(self.index.file_names[row])
-        pixels = read_image(path)
-        if pixels.shape[:2] != (height, width):
-            turned = " as stored (an EXIF orientation is not applied)" * (pixels.shape[:2] == (width, height))
-            raise UserError(
-                f"{path}: has {pixels.shape[0]}×{pixels.shape[1]} pixels{turned}, but {self.annotation_file} says "
-                f"{height}×{width} (height × width) for image {self.index.image_ids[row]}; correct one of them"
-            )
-        image = torch.from_numpy(pixels).permute(2, 0, 1)
-        return image, self._target(row, height, width)
+    def _load(self, index: int) -> Sample:
+        """One image and target without transforms; the next one's if it is broken and may be skipped."""
+        for attempt in range(len(self)):
+            place = self._images[(index + attempt) % len(self)]
+            try:
+                pixels = image_files.read_image(self._path(place), tuple(self.index.sizes[place].tolist()))
+            except image_files.ImageError as error:
+                if not self.skip_broken:
+                    raise
+                warnings.warn(f"{error} (skipped: the next image takes its place)", stacklevel=2)
+                continue
+            return torch.from_numpy(pixels).permute(2, 0, 1), self._target(place)
+        raise UserError(
+            f"{self.image_folder}: none of the {len(self)} images can be decoded; check the folder"
+        )
 
-    def _target(self, row: int, height: int, width: int) -> Target:
-        columns = self.index
-        found = np.arange(columns.first[row], columns.first[row + 1])
+    def _path(self, place: int) -> Path:
+        return self.image_folder / self.index.file_names[place].decode("utf-8", "surrogatepass")
+
+    def _target(self, place: int) -> Target:
+        index = self.index
+        found = np.arange(index.first[place], index.first[place + 1])
         found = found[self._is_target[found]]
         target: Target = {
-            "boxes": torch.from_numpy(columns.boxes[found]),
-            "labels": torch.from_numpy(columns.labels[found]),
-            "image_id": int(columns.image_ids[row]),
+            "boxes": torch.from_numpy(index.boxes[found]),
+            "labels": torch.from_numpy(index.labels[found]),
+            "image_id": int(index.image_ids[place]),
         }
         if self.with_masks:
-            segmentations = [columns.segmentations[n] for n in found.tolist()]
-            target["masks"] = CroppedMasks.from_segmentations(segmentations, height, width)
+            segmentations = [index.segmentations[n] for n in found.tolist()]
+            target["masks"] = CroppedMasks.from_segmentations(segmentations, *index.sizes[place].tolist())
         if self.with_keypoints:
-            target["keypoints"] = torch.from_numpy(columns.keypoints[found])
+            target["keypoints"] = torch.from_numpy(index.keypoints[found])
         return target
 
     def _check_files(self) -> None:
-        """Raises UserError with the first ten images that are not there."""
+        """Raises UserError for images that are missing or outside, and for broken headers among the first looked at.
+
+        Headers: of all images in a small set, of NUM_HEADERS_CHECKED spread over a large one.
+        """
         if not self.image_folder.is_dir():
             raise UserError(f"{self.image_folder}: no such folder of images; check the path")
-        missing = [
-            name
-            for name in (os.fsdecode(self.index.file_names[row]) for row in self._rows)
-            if not (self.image_folder / name).is_file()
-        ]
-        if missing:
-            raise UserError(
-                f"{self.image_folder}: {len(missing)} of {len(self)} images of {self.annotation_file} are missing "
-                f"({', '.join(missing[:10])}{', …' * (len(missing) > 10)}); check the folder"
+        names = [self.index.file_names[place].decode("utf-8", "surrogatepass") for place in self._images]
+        missing, escaping = image_files.find_faults(self.image_folder, names)
+        for found, what, remedy in (
+            (escaping, "lie outside the folder by a link", "copy them into it"),
+            (missing, "are missing", "check the folder"),
+        ):
+            if found:
+                more = f", and {len(found) - 10} more" if len(found) > 10 else ""
+                raise UserError(
+                    f"{self.image_folder}: {len(found)} of {len(self)} images of {self.annotation_file} {what} "
+                    f"({', '.join(found[:10])}{more}); {remedy}"
+                )
+        if self.skip_broken:
+            return
+        spread = np.unique(np.linspace(0, len(self) - 1, min(len(self), NUM_HEADERS_CHECKED)).astype(int))
+        turned = []
+        for place in self._images[spread].tolist():
+            header = image_files.read_header(self._path(place), tuple(self.index.sizes[place].tolist()))
+            if header.orientation != 1:
+                turned.append(self._path(place).name)
+        if turned:
+            warnings.warn(
+                f"{self.image_folder}: {len(turned)} of {len(spread)} images looked at have an EXIF orientation "
+                f"({', '.join(turned[:3])}{', …' * (len(turned) > 3)}): it is not applied, pixels are taken as stored",
+                stacklevel=3,
             )
 
 
@@ -203,7 +251,7 @@ def load_index(annotation_file: Path) -> CocoIndex:
         by_kind.setdefault(finding.kind, []).append(finding)
     for kind, found in by_kind.items():
         examples = ", ".join(finding.subject for finding in found[:3]) + ", …" * (len(found) > 3)
-        warnings.warn(f"{annotation_file}: {len(found)} {kind} ({examples}): {found[0].action}", stacklevel=2)
+        warnings.warn(f"{annotation_file}: {len(found)} {kind} ({examples}): {found[0].action}", stacklevel=3)
     return index
 
 
@@ -221,42 +269,38 @@ def _images_to_learn_from(index: CocoIndex, is_target: np.ndarray, with_keypoint
     return useful
 
 
-def _swap_sides(name: str) -> str:
-    return name.replace("left", "\0").replace("right", "left").replace("\0", "right")
+def check_same_classes(train: CocoDataset, val: CocoDataset) -> None:
+    """Raises UserError, naming the class, unless the two data sets have the same categories."""
+    ours, theirs = (dict(zip(d.category_ids, d.classes, strict=True)) for d in (train, val))
+    for category_id in sorted(ours.keys() | theirs.keys()):
+        names = [repr(d[category_id]) if category_id in d else "missing" for d in (ours, theirs)]
+        if names[0] != names[1]:
+            raise UserError(
+                f"{val.annotation_file}: category {category_id} is {names[1]}, but {names[0]} in "
+                f"{train.annotation_file}; both files must list the same categories"
+            )
 
 
-def read_image(path: Path) -> np.ndarray:
-    """Decode an image file as stored: uint8 [H, W, 3], RGB."""
-    try:
-        data = np.fromfile(path, np.uint8)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-    pixels = cv2.imdecode(data, flags) if data.size else None
-    if pixels is None:
-        raise UserError(
-            f"{path}: is no image that OpenCV can decode; replace the file, or remove it from the json"
-        )
-    return pixels
+# --- loading ---------------------------------------------------------------------------------------------------
 
 
-def collate(samples: Sequence[tuple[torch.Tensor, Target]]) -> tuple[list[torch.Tensor], list[Target]]:
+def collate(samples: Sequence[Sample]) -> tuple[list[torch.Tensor], list[Target]]:
     """Samples -> (list of images, list of targets); images may differ in size."""
     images, targets = zip(*samples, strict=True)
     return list(images), list(targets)
 
 
 def init_worker(worker: int) -> None:
-    """For a DataLoader's workers: each uses one thread."""
+    """For a DataLoader's workers: each computes in one thread."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
 
 
 def dataset_paths(root: str | Path | None, *, keypoints: bool = False) -> dict[str, tuple[Path, Path]]:
-    """{"train", "val"} -> (image folder, annotation file) of the COCO 2017 layout below `root`.
+    """{"train", "val"} -> (image folder, annotation file) of the COCO 2017 layout below `root`; {} for None.
 
-    A folder name stored as a small text file (a symbolic link that an archive or checkout could not keep) is
-    followed if it names a folder beside it. Files are not looked for otherwise.
+    A folder that is a small text file naming a folder beside it (what is left of a symbolic link where links could
+    not be kept) stands for that folder.
     """
     if root is None:
         return {}
@@ -271,23 +315,35 @@ def dataset_paths(root: str | Path | None, *, keypoints: bool = False) -> dict[s
 def _follow(folder: Path) -> Path:
     if folder.is_file() and folder.stat().st_size < 256:
         name = folder.read_text(errors="replace").strip()
-        beside = folder.parent / name
-        if name and Path(name).name == name and beside.is_dir():
-            return beside
+        if name and Path(name).name == name and (folder.parent / name).is_dir():
+            return folder.parent / name
     return folder
 
 
-def check_same_classes(train: Any, val: Any) -> None:
-    """Raises UserError, naming the class, unless two CocoDatasets have the same categories."""
-    ours, theirs = (dict(zip(d.category_ids, d.classes, strict=True)) for d in (train, val))
-    for category_id in sorted(ours.keys() | theirs.keys()):
-        mine, other = ours.get(category_id), theirs.get(category_id)
-        if mine != other:
-            raise UserError(
-                f"{val.annotation_file}: category {category_id} is {_named(other)}, but {_named(mine)} in "
-                f"{train.annotation_file}; both files must list the same categories"
-            )
+# --- the commands ------------------------------------------------------------------------------------------------
 
 
-def _named(name: str | None) -> str:
-    return "missing" if name is None else repr(name)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status: of check 0 clean, 1 warnings, 2 errors; of download 0 done, 1 failed; 2 for bad arguments."""
+    parser = argparse.ArgumentParser(description="Check or download data sets in COCO's format.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    check = commands.add_parser("check", help="name everything that is wrong with an annotation file")
+    check.add_argument("annotations", type=Path, help="a COCO annotation file")
+    check.add_argument(
+        "--images", type=Path, help="its image folder: decode every image too (default: do not)"
+    )
+    download = commands.add_parser("download", help="fetch COCO 2017: 20 GB, resumable, verified")
+    download.add_argument("folder", type=Path, help="where to; --data-path for training")
+    args = parser.parse_args(arguments)
+    if args.command == "check":
+        return coco_check.check(args.annotations, args.images)
+    try:
+        coco_download.download(args.folder)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

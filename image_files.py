@@ -25,7 +25,13 @@ MAX_FILE_BYTES = 1 << 30
 
 
 class ImageError(UserError):
-    """A file that is no usable image; the message names it."""
+    """A file that is no usable image; the message names it, in one line."""
+
+    def __init__(self, message: str) -> None:
+        # A DataLoader raises a worker's exception again with the whole traceback as its message.
+        super().__init__(
+            message.strip().rsplit("\n", 1)[-1].removeprefix(f"{__name__}.{type(self).__name__}: ")
+        )
 
 
 class Header(NamedTuple):
@@ -60,7 +66,7 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndar
     if pixels is None:
         _decode_strictly(data, path)
         raise ImageError(
-            f"{path}: OpenCV cannot decode this {header.format} file; save it anew as PNG or JPEG"
+            f"{path}: is damaged, or a kind of {header.format} that OpenCV cannot decode; fetch or save it anew"
         )
     return pixels
 
@@ -137,8 +143,9 @@ def _parse_header(source: bytes | io.BufferedReader, path: str | Path) -> Header
     except Image.DecompressionBombError:
         raise ImageError(f"{path}: has more than {MAX_PIXELS:,} pixels; scale it down") from None
     except Exception as error:  # Pillow's parsers raise whatever a damaged header leads them into
-        reason = str(error) if not isinstance(error, Image.UnidentifiedImageError) else "unknown format"
-        raise ImageError(f"{path}: is no image ({reason[:80]}); known are {', '.join(FORMATS)}") from None
+        if isinstance(error, Image.UnidentifiedImageError):
+            raise ImageError(f"{path}: is no image; known are {', '.join(FORMATS)}") from None
+        raise ImageError(f"{path}: is damaged ({str(error)[:80]}); fetch it again") from None
     return Header(height, width, image.format, image.mode, orientation if orientation in range(1, 9) else 1)
 
 
