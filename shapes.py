@@ -22,7 +22,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 # Names the cache folder. Raise it with every change of a pixel or an annotation: old caches then stay unread.
-VERSION = 2
+VERSION = 3
 
 # --- difficulty ----------------------------------------------------------------------------------
 
@@ -37,14 +37,14 @@ CLASSES = {
     "square": (7, 71, 2),
     "triangle": (8, 88, 2),
     "star": (13, 86, 3),
-    "crescent": (21, 85, 2),
+    "crescent": (21, 72, 2),
 }
 # (smallest, largest, weight): the square root of an object's area, in thousandths of the image's short side.
 SCALES = ((620, 700, 8), (230, 500, 84), (130, 190, 8))
 OBJECT_COUNTS = (1, 2, 3, 3, 3, 4, 4, 5)  # one is drawn for each image
 MAX_TURN = 30  # degrees either way; a star is turned by half of it at most
 STRETCH = 12  # an object is up to this many 64ths longer than wide
-MIN_VISIBLE = 80  # percent of an object that must stay visible under those painted after it
+MIN_VISIBLE = 85  # percent of an object that must stay visible under those painted after it
 MIN_INSIDE = 85  # percent of its extent, along x and along y, that must lie in the image
 PLACING_TRIES = 12
 # Lowest and highest R, G, B of a texture's mean colour. Objects are mostly the brighter ones, so that a short
@@ -138,8 +138,8 @@ def _in_shape(kind, p, q):
     if kind == "star":
         return _in_polygon(p, q, STAR)
     if kind == "crescent":
-        bite = p - ONE // 2
-        return (p * p + q * q <= ONE * ONE) & (bite * bite + q * q > ONE * ONE * 72 // 100)
+        bite = p - ONE * 7 // 10
+        return (p * p + q * q <= ONE * ONE) & (bite * bite + q * q > ONE * ONE * 60 // 100)
     assert kind == "bar", kind
     return (abs(p) <= ONE // 16) & (abs(q) <= ONE)
 
