@@ -1,7 +1,7 @@
 """Predictions -> COCO results -> COCO's metrics -> a table; as a command, it scores a results file.
 
 Letters: D detections of an image, M side of a mask head's output (28), J keypoints, T IoU thresholds (10),
-R recall thresholds (101), K categories, A area ranges, L limits on an image's detections.
+R recall thresholds (101), K categories, A area ranges, L limits on the detections of a class in an image.
 """
 
 import argparse
@@ -9,197 +9,30 @@ import contextlib
 import io
 import itertools
 import json
-import math
 import sys
 import warnings
 from pathlib import Path
-from typing import NamedTuple
 
-import cv2
 import hotcoco
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from coco_utils import load_index
 from masks import check_frame, rle_counts
+from pasting import encode_frames, encode_masks
 from utils import UserError, write_json
 
-MASK_THRESHOLD = 0.5
-# OpenCV's resize is 5 to 10 times faster than torch's, but rounds its weights differently: by at most 1.4e-7 for each
-# pixel of the mask's side, measured for sizes up to 4,000. A mask with a pixel nearer than this to the threshold is
-# resized again by torch, so that no pixel comes out differently.
-RESIZE_TOLERANCE = 4e-7  # for each pixel of the mask's side
-PIXELS_AT_ONCE = 1 << 18  # resized before they are encoded: 1 MiB of float32 stays in the cache
-
 RESULT_FIELDS = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}  # by iou type
+LARGEST = 1e12  # of a score or coordinate; the evaluators' arithmetic is safe with it
 TITLES = {"bbox": "box", "segm": "mask", "keypoints": "keypoints"}
 
 # How far annotators stray on each of COCO's 17 keypoints, from pycocotools' Params. For other keypoints nobody has
 # measured it: they take the mean.
 COCO_SIGMAS = [x / 1000 for x in (26, 25, 25, 35, 35, 79, 79, 72, 72, 62, 62, 107, 107, 87, 87, 89, 89)]
-
-
-# --- masks ----------------------------------------------------------------------------------------
-
-
-class _Columns(NamedTuple):
-    """Some masks' visible parts, column by column, as COCO's RLE counts runs down the columns.
-
-    Column c of mask d is bits[starts[d] + c * strides[d]:], h pixels long. A False stands after each column
-    (stride h + 1), except in a mask as high as its frame, where a run goes on in the next column (stride h).
-    bits[0] and the element after each mask are False.
-    """
-
-    bits: np.ndarray  # bool
-    rects: np.ndarray  # int64 [D, 4] x0, y0, x1, y1 in the frame, x1 and y1 exclusive
-    starts: np.ndarray  # int64 [D]
-    strides: np.ndarray  # int64 [D]
-
-
-def paste_masks(mask_probs, boxes, height, width):
-    """Resize each mask to its box and threshold it there; no frame is filled.
-
-    mask_probs: float [D, M, M] in [0, 1]. boxes: float [D, 4] xyxy in pixels of the frame (height, width).
-    Returns D tuples (x0, y0, bitmap): setting frame[y0:y0+h, x0:x0+w] to bitmap, bool [h, w], gives exactly
-    torchvision's paste_masks_in_image cut at 0.5. A box outside the frame gives an empty bitmap.
-    """
-    pasted = []
-    for bits, rects, starts, strides in _paste_columns(mask_probs, boxes, height, width):
-        for (x0, y0, x1, y1), start, stride in zip(rects.tolist(), starts, strides, strict=True):
-            columns = bits[start : start + (x1 - x0) * stride].reshape(x1 - x0, stride)
-            pasted.append((x0, y0, columns[:, : y1 - y0].T))
-    return pasted
-
-
-def encode_masks(mask_probs, boxes, height, width):
-    """Paste masks in their boxes and encode them from there: the cost follows the boxes, not the frame.
-
-    Arguments as for paste_masks. Returns D dicts {"size": [height, width], "counts": str}, equal to pycocotools'
-    encode of torchvision's pasted frames.
-    """
-    rles = []
-    for columns in _paste_columns(mask_probs, boxes, height, width):
-        rles += _encode_columns(columns, height, width)
-    return rles
-
-
-def encode_frames(masks):
-    """Encode full-frame masks.
-
-    masks: float [D, 1, H, W], torchvision's pasted probabilities, cut at 0.5.
-    Returns D dicts {"size": [H, W], "counts": str}, equal to pycocotools' encode.
-    """
-    height, width = masks.shape[-2:]
-    rect, start, stride = np.array([[0, 0, width, height]]), np.array([1]), np.array([height])
-    rles = []
-    for mask in masks[:, 0]:  # one at a time: a second layout of all 100 frames would be another 100 MB
-        bits = np.zeros(height * width + 2, bool)
-        bits[1:-1] = (mask > MASK_THRESHOLD).cpu().numpy().T.reshape(-1)
-        rles += _encode_columns(_Columns(bits, rect, start, stride), height, width)
-    return rles
-
-
-def _paste_columns(mask_probs, boxes, height, width):
-    """Yield the masks of paste_masks as _Columns, about PIXELS_AT_ONCE at a time."""
-    num_masks, side = mask_probs.shape[0], mask_probs.shape[-1]
-    # Zeros around each mask, as in torchvision; transposed to [D, x, y], so that OpenCV's rows are columns.
-    probs = np.zeros((num_masks, side + 2, side + 2), np.float32)
-    probs[:, 1:-1, 1:-1] = mask_probs.detach().float().cpu().numpy().transpose(0, 2, 1)
-
-    boxes = _whole_pixel_boxes(boxes, (side + 2) / side)
-    rects = np.concatenate([np.maximum(boxes[:, :2], 0), np.minimum(boxes[:, 2:], [width, height])], axis=1)
-    rects[(rects[:, 2:] <= rects[:, :2]).any(axis=1)] = 0  # nothing visible
-    widths, heights = rects[:, 2] - rects[:, 0], rects[:, 3] - rects[:, 1]
-    strides = np.where(heights == height, height, heights + 1)
-    lengths = widths * strides + 1
-
-    tolerance = RESIZE_TOLERANCE * (side + 2)
-    chunk_of_mask = np.cumsum(lengths) // PIXELS_AT_ONCE
-    for chunk in np.unique(chunk_of_mask):
-        members = np.flatnonzero(chunk_of_mask == chunk)
-        starts = 1 + np.cumsum(lengths[members]) - lengths[members]
-        values = np.zeros(1 + lengths[members].sum(), np.float32)
-        parts = [values[s : s + n] for s, n in zip(starts.tolist(), lengths[members].tolist(), strict=True)]
-        for d, part in zip(members.tolist(), parts, strict=True):
-            _resize_mask(_resize_fast, probs[d], boxes[d], rects[d], part)
-        bits = values > MASK_THRESHOLD - tolerance
-        undecided = np.flatnonzero(bits != (values > MASK_THRESHOLD + tolerance))
-        for m in np.unique(np.searchsorted(starts, undecided, side="right") - 1).tolist():
-            d = members[m]
-            _resize_mask(_resize_exactly, probs[d], boxes[d], rects[d], parts[m])
-            bits[starts[m] : starts[m] + lengths[d]] = parts[m] > MASK_THRESHOLD
-        yield _Columns(bits, rects[members], starts, strides[members])
-
-
-def _whole_pixel_boxes(boxes, scale):
-    """int64 [D, 4] x0, y0, x1, y1 (exclusive): the pixels that torchvision gives a mask and its border of zeros.
-
-    Grown about the centre by `scale`, cut to integers toward zero, the last pixel included; float32 throughout, as the
-    last bit decides which pixel a border falls in.
-    """
-    boxes = boxes.detach().float().cpu()
-    half = (boxes[:, 2:] - boxes[:, :2]) * 0.5 * scale
-    centre = (boxes[:, 2:] + boxes[:, :2]) * 0.5
-    corners = torch.cat([centre - half, centre + half], dim=1).to(torch.int64).numpy()
-    corners[:, 2:] += 1
-    return corners
-
-
-def _resize_mask(resize, probs, box, rect, target):
-    """Write the visible part of a resized mask into `target`, laid out as in _Columns.
-
-    probs: [x, y]. box: of the whole mask. rect: of the part that its frame shows.
-    """
-    (x0, y0, x1, y1), (left, top, right, bottom) = box.tolist(), rect.tolist()
-    if right == left:
-        return
-    columns = target[:-1].reshape(right - left, -1)[:, : bottom - top]
-    if (x0, y0, x1, y1) == (left, top, right, bottom):
-        resize(probs, x1 - x0, y1 - y0, columns)
-    else:
-        whole = np.empty((x1 - x0, y1 - y0), np.float32)
-        resize(probs, x1 - x0, y1 - y0, whole)
-        columns[:] = whole[left - x0 : right - x0, top - y0 : bottom - y0]
-
-
-def _resize_fast(probs, width, height, target):
-    cv2.resize(probs, (height, width), dst=target, interpolation=cv2.INTER_LINEAR)
-
-
-def _resize_exactly(probs, width, height, target):
-    image = torch.from_numpy(probs).T[None, None].contiguous()
-    resized = F.interpolate(image, size=(height, width), mode="bilinear", align_corners=False)
-    target[:] = resized[0, 0].numpy().T
-
-
-def _encode_columns(columns, height, width):
-    """COCO's compressed RLE of each mask in its frame. Returns dicts {"size": [height, width], "counts": str}."""
-    bits, rects, starts, strides = columns
-    flips = np.flatnonzero(bits[1:] != bits[:-1]) + 1
-    firsts = np.searchsorted(flips, starts)  # of each mask's flips
-    owners = np.repeat(np.arange(len(starts)), np.diff(firsts, append=len(flips)))
-    column, row = np.divmod(flips - starts[owners], strides[owners])
-
-    # each mask's flips as pixel numbers of its frame, between 0 and the frame's end: the runs are the differences
-    ends = np.full(len(flips) + 2 * len(starts), height * width)
-    first_end = firsts + 2 * np.arange(len(starts))
-    ends[first_end] = 0
-    ends[np.arange(len(flips)) + 2 * owners + 1] = (
-        (rects[owners, 0] + column) * height + rects[owners, 1] + row
-    )
-    runs = np.diff(ends)
-    last_end = np.append(first_end[1:], len(ends)) - 1
-    last_end -= (runs[last_end - 1] == 0) & (last_end - first_end > 1)  # the frame's last pixel is inside
-
-    size = [height, width]  # one object for all
-    uncompressed = [{"size": size, "counts": runs[a:b]} for a, b in zip(first_end, last_end, strict=True)]
-    rles = mask_api.frPyObjects(uncompressed, height, width) if uncompressed else []
-    return [{"size": size, "counts": rle["counts"].decode("ascii")} for rle in rles]
 
 
 # --- predictions to results -----------------------------------------------------------------------
@@ -311,14 +144,14 @@ def read_ground_truth(path):
         ],
         "categories": categories,
         "annotations": [
-            _fill_in(annotation, *sizes[annotation["image_id"]])
+            _fill_in(annotation, *sizes[annotation["image_id"]], with_keypoints=bool(index.keypoint_names))
             for annotation in content["annotations"]
             if annotation["id"] in usable
         ],
     }
 
 
-def _fill_in(annotation, height, width):
+def _fill_in(annotation, height, width, with_keypoints):
     """What scoring needs of an annotation, with what the file may leave out."""
     filled = {key: annotation[key] for key in ("id", "image_id", "category_id", "bbox")}
     filled["iscrowd"] = int(annotation.get("iscrowd", 0))
@@ -327,7 +160,7 @@ def _fill_in(annotation, height, width):
         segmentation = [polygon[: len(polygon) // 2 * 2] for polygon in segmentation if len(polygon) >= 6]
     filled["segmentation"] = segmentation
     filled["area"] = annotation["area"] if "area" in annotation else _area(filled, height, width)
-    if annotation.get("keypoints"):
+    if with_keypoints and annotation.get("keypoints"):
         filled["keypoints"] = annotation["keypoints"]
         visible = sum(visibility > 0 for visibility in annotation["keypoints"][2::3])
         count = annotation.get("num_keypoints")
@@ -446,6 +279,8 @@ def score_results(
         raise ValueError(f"evaluator {evaluator!r}: must be one of {', '.join(EVALUATORS)}")
     if not set(iou_types) <= RESULT_FIELDS.keys():
         raise ValueError(f"iou types {', '.join(iou_types)}: must be of {', '.join(RESULT_FIELDS)}")
+    if max_detections < 100:
+        raise ValueError(f"max_detections {max_detections}: must be COCO's 100, or more")
     if not isinstance(ground_truth, dict):
         ground_truth = read_ground_truth(ground_truth)
     sizes = {image["id"]: [image["height"], image["width"]] for image in ground_truth["images"]}
@@ -518,8 +353,8 @@ def _check_numbers(results, field, length):
         values = result.get(field)
         try:
             row = [values] if field == "score" else values
-            good = len(row) == length and all(map(math.isfinite, row))
-        except (TypeError, OverflowError):  # not there, not a number, an integer beyond the floats
+            good = len(row) == length and all(abs(value) < LARGEST for value in row)  # false for NaN
+        except TypeError:  # not there, or not a number
             good = False
         if not good:
             raise ValueError(
@@ -663,14 +498,13 @@ def format_table(metrics):
         if not iou_types:
             continue
         names = list(metrics[iou_types[0]])
-        limits = [name[2:] for name in names if name.startswith("AR") and name[2:] in ("1", "10")]
-        most = "20" if "keypoints" in iou_types else names[8][2:]
+        limits = ["20"] if "keypoints" in iou_types else [name[2:] for name in names[6:9]]  # AR1, AR10, AR100
         rows = [["", "IoU", "area", "detections", *(TITLES[iou_type] for iou_type in iou_types)]]
         for name in names:
             suffix = name[2:]
             iou = {"50": "0.50", "75": "0.75"}.get(suffix, "0.50:0.95")
             area = {"s": "small", "m": "medium", "l": "large"}.get(suffix, "all")
-            limit = suffix if suffix in limits else most
+            limit = suffix if suffix in limits else limits[-1]
             rows.append([name, iou, area, limit, *(_format_number(metrics[t][name]) for t in iou_types)])
         blocks.append(_align(rows, left=3))
     return "\n\n".join(blocks)
@@ -708,9 +542,7 @@ def _align(rows, left):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Score a COCO results file against its annotation file.")
     parser.add_argument("ground_truth", metavar="GT.json", help="annotation file")
-    parser.add_argument(
-        "results", metavar="RESULTS.json", help="results: a list of detections, best order kept"
-    )
+    parser.add_argument("results", metavar="RESULTS.json", help="results file, as in detections.json")
     parser.add_argument(
         "--iou-type",
         nargs="+",
@@ -739,18 +571,18 @@ def main(argv=None):
         carried = [iou_type for iou_type, field in RESULT_FIELDS.items() if results and field in results[0]]
         iou_types = args.iou_types or carried or ["bbox"]
         metrics, per_class = score_results(args.ground_truth, results, iou_types, evaluator=args.evaluator)
-    except ValueError as error:
+        report = {**metrics, "per_class": per_class} if args.per_class else metrics
+        if args.json not in (None, "-"):
+            write_json(args.json, report)
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    report = {**metrics, "per_class": per_class} if args.per_class else metrics
     if args.json == "-":
         print(json.dumps(report, indent=2))
         return 0
     print(format_table(metrics))
     if args.per_class:
         print("\n" + format_per_class(per_class))
-    if args.json:
-        write_json(args.json, report)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""coco_eval against torchvision's pasting, pycocotools, COCO's own oracles, and numbers worked out by hand."""
+"""coco_eval against pycocotools, COCO's own oracles, and numbers worked out by hand."""
 
 import contextlib
 import io
@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from test_pasting import pycocotools_rles, random_boxes, random_probs, torchvision_frames
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 import coco_eval
@@ -28,112 +29,6 @@ EVALUATORS = list(coco_eval.EVALUATORS)
 pytestmark = pytest.mark.filterwarnings("ignore:.*annotations with")  # id 0, or without a segmentation
 BOX_NAMES = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 KEYPOINT_NAMES = ["AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl"]
-
-
-# --- masks --------------------------------------------------------------------------------------------------
-
-
-def torchvision_frames(probs, boxes, height, width):
-    """bool [D, H, W]: the reference."""
-    return (paste_masks_in_image(probs[:, None], boxes, (height, width)) > 0.5)[:, 0].numpy()
-
-
-def pycocotools_rles(frames):
-    rles = mask_api.encode(np.asfortranarray(frames.transpose(1, 2, 0).astype(np.uint8)))
-    return [{"size": rle["size"], "counts": rle["counts"].decode()} for rle in rles]
-
-
-def random_boxes(rng, num, height, width, kind):
-    """xyxy float32 [num, 4] inside the frame, reaching outside of it, tiny, on whole pixels, or as high as it."""
-    centre = rng.random((num, 2)) * [width, height]
-    half = rng.random((num, 2)) ** 2 * [width, height] * (2.0 if kind == "outside" else 0.5)
-    if kind == "tiny":
-        half = rng.random((num, 2)) * 1.5
-    boxes = np.concatenate([centre - half, centre + half], axis=1)
-    if kind != "outside":
-        boxes = np.clip(boxes, 0, [width, height, width, height])
-    if kind == "whole":
-        boxes = np.round(boxes)
-    if kind == "high":
-        boxes[:, 1], boxes[:, 3] = 0, height
-    return torch.from_numpy(boxes.astype(np.float32))
-
-
-def random_probs(rng, num, kind):
-    """float32 [num, 28, 28]: noise, a few levels with many ties at the threshold, or smooth blobs like a model's."""
-    if kind == "noise":
-        return torch.from_numpy(rng.random((num, 28, 28), dtype=np.float32))
-    if kind == "levels":
-        return torch.from_numpy(rng.integers(0, 5, (num, 28, 28)).astype(np.float32) / 4)
-    coarse = torch.from_numpy(rng.normal(0, 8, (num, 1, 5, 5)).astype(np.float32))
-    return torch.nn.functional.interpolate(coarse, size=(28, 28), mode="bicubic")[:, 0].sigmoid()
-
-
-@pytest.mark.parametrize("box_kind", ["inside", "outside", "tiny", "whole", "high"])
-@pytest.mark.parametrize("mask_kind", ["noise", "levels", "blobs"])
-def test_masks_are_pasted_and_encoded_as_by_torchvision_and_pycocotools(box_kind, mask_kind):
-    rng = np.random.default_rng([ord(box_kind[0]), ord(mask_kind[0])])
-    for _ in range(8):
-        height, width = (int(n) for n in rng.integers(1, 120, 2))
-        probs, boxes = random_probs(rng, 12, mask_kind), random_boxes(rng, 12, height, width, box_kind)
-        frames = torchvision_frames(probs, boxes, height, width)
-        expected = pycocotools_rles(frames)
-        assert coco_eval.encode_masks(probs, boxes, height, width) == expected
-        assert coco_eval.encode_frames(torch.from_numpy(frames)[:, None].float()) == expected
-        for frame, (x0, y0, bitmap) in zip(
-            frames, coco_eval.paste_masks(probs, boxes, height, width), strict=True
-        ):
-            pasted = np.zeros((height, width), bool)
-            pasted[y0 : y0 + bitmap.shape[0], x0 : x0 + bitmap.shape[1]] = bitmap
-            np.testing.assert_array_equal(pasted, frame)
-
-
-def test_a_full_mask_covers_its_box():
-    # Box 10..38 × 20..48, grown by 30/28 about (24, 34): 9..39 × 19..49, 31 pixels for 28 cells and a border of zeros.
-    # Pixel i samples cell (i + 0.5) · 30/31 − 0.5: −0.02 → cell 0, a zero; 0.95 → 0.95 of cell 1; ... 28.05 → 0.95 of
-    # cell 28; 29.02 → cell 29, a zero. So pixels 1 to 29 of 31 are inside: x 10..38, y 20..48, ends included.
-    probs, boxes = torch.ones(1, 28, 28), torch.tensor([[10.0, 20.0, 38.0, 48.0]])
-    [(x0, y0, bitmap)] = coco_eval.paste_masks(probs, boxes, height=60, width=50)
-    ys, xs = np.nonzero(bitmap)
-    assert (x0 + xs.min(), x0 + xs.max(), y0 + ys.min(), y0 + ys.max()) == (10, 38, 20, 48)
-    assert bitmap.sum() == 29 * 29
-    [rle] = coco_eval.encode_masks(probs, boxes, height=60, width=50)
-    # 10 empty columns of 60 and 20 pixels; 29 columns of 29 with 31 between; from the last to the end of the frame
-    runs = [10 * 60 + 20] + [29, 31] * 28 + [29, 50 * 60 - 620 - 28 * 60 - 29]
-    [expected] = mask_api.frPyObjects([{"size": [60, 50], "counts": runs}], 60, 50)
-    assert rle == {"size": [60, 50], "counts": expected["counts"].decode()}
-
-
-def test_masks_are_the_same_in_any_number_of_chunks(monkeypatch):
-    rng = np.random.default_rng(1)
-    probs, boxes = random_probs(rng, 40, "noise"), random_boxes(rng, 40, 90, 70, "inside")
-    at_once = coco_eval.encode_masks(probs, boxes, 90, 70)
-    monkeypatch.setattr(coco_eval, "PIXELS_AT_ONCE", 500)
-    assert coco_eval.encode_masks(probs, boxes, 90, 70) == at_once
-    frames = torchvision_frames(probs, boxes, 90, 70)
-    areas = [bitmap.sum() for _, _, bitmap in coco_eval.paste_masks(probs, boxes, 90, 70)]
-    assert areas == frames.sum(axis=(1, 2)).tolist()
-
-
-def test_no_masks():
-    assert coco_eval.encode_masks(torch.zeros(0, 28, 28), torch.zeros(0, 4), 10, 10) == []
-    assert coco_eval.paste_masks(torch.zeros(0, 28, 28), torch.zeros(0, 4), 10, 10) == []
-    assert coco_eval.encode_frames(torch.zeros(0, 1, 10, 10)) == []
-
-
-@pytest.mark.parametrize("side", [14, 28, 56])
-def test_the_fast_resize_is_much_nearer_to_torch_than_its_tolerance(side):
-    rng = np.random.default_rng(side)
-    largest = 0.0
-    for size in [1, 2, 3, 29, 30, 31, 100, 333, 640, 1333]:
-        probs = rng.integers(0, 2, (side + 2, side + 2)).astype(
-            np.float32
-        )  # steps of 1: where weights matter most
-        fast, exact = np.empty((97, size), np.float32), np.empty((97, size), np.float32)
-        coco_eval._resize_fast(probs, 97, size, fast)
-        coco_eval._resize_exactly(probs, 97, size, exact)
-        largest = max(largest, np.abs(fast - exact).max())
-    assert largest < coco_eval.RESIZE_TOLERANCE * (side + 2) / 2
 
 
 # --- predictions to results ---------------------------------------------------------------------------------
@@ -603,6 +498,7 @@ def test_unknown_images_are_refused_and_unknown_categories_left_out(tmp_path):
         ("bbox", "score", math.nan),
         ("bbox", "score", None),
         ("bbox", "score", 10**400),
+        ("bbox", "bbox", [1, 2, 3, 10**20]),
         ("bbox", "bbox", [1, 2, math.inf, 4]),
         ("bbox", "bbox", [1, 2, 3]),
         ("bbox", "bbox", None),
@@ -643,6 +539,8 @@ def test_unknown_evaluators_and_iou_types_are_refused(tmp_path):
         coco_eval.score_results(path, [], ["bbox"], "cocoapi")
     with pytest.raises(ValueError, match="iou types obb: must be of bbox, segm, keypoints"):
         coco_eval.score_results(path, [], ["obb"])
+    with pytest.raises(ValueError, match="max_detections 5: must be COCO's 100, or more"):
+        coco_eval.score_results(path, [], ["bbox"], max_detections=5)
 
 
 # --- keypoints ----------------------------------------------------------------------------------------------
@@ -827,6 +725,9 @@ def test_the_command_prints_tables_or_json(tmp_path, capsys):
     assert list(json.loads(capsys.readouterr().out)) == ["segm"]
     assert coco_eval.main([*files, "--per-class", "--json", "-"]) == 0
     assert list(json.loads(capsys.readouterr().out)) == ["bbox", "segm", "per_class"]
+    assert coco_eval.main([*files, "--json", str(tmp_path / "none" / "metrics.json")]) == 2
+    printed, error = capsys.readouterr()
+    assert printed == "" and error.startswith("error: ") and "No such file" in error
 
 
 def test_the_command_scores_an_empty_file(tmp_path, capsys):
@@ -924,3 +825,35 @@ def test_no_rle_crashes_the_interpreter(tmp_path, counts, size):
             assert coco_eval.main(
                 [str(path), str(results), "--iou-type", "segm", "--evaluator", evaluator]
             ) in (0, 2)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+    max_leaves=6,
+)
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    change=st.dictionaries(
+        st.sampled_from(["image_id", "category_id", "score", "bbox", "segmentation", "keypoints"]),
+        JSON | st.lists(st.floats(width=32) | st.integers(-(10**25), 10**25), min_size=4, max_size=4),
+        min_size=1,
+    ),
+    whole=st.none() | JSON,
+)
+@pytest.mark.filterwarnings("ignore:.*results of categories")
+def test_no_results_file_crashes_the_command(tmp_path, change, whole):
+    truth, result = one_image()
+    path = write(tmp_path, truth)
+    results = write(tmp_path, [result, {**result, **change}] if whole is None else whole, "results.json")
+    for evaluator in EVALUATORS:
+        with contextlib.redirect_stderr(io.StringIO()) as told, contextlib.redirect_stdout(io.StringIO()):
+            status = coco_eval.main([str(path), str(results), "--evaluator", evaluator])
+        assert (status, told.getvalue()[:7]) in ((0, ""), (2, "error: "))
