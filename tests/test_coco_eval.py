@@ -31,6 +31,17 @@ BOX_NAMES = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", 
 KEYPOINT_NAMES = ["AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl"]
 
 
+def oracle(name):
+    return json.loads((ORACLE / name).read_text())
+
+
+GT, BOXES, MASKS = (
+    "instances_val2014_100.json",
+    "instances_val2014_fakebbox100_results.json",
+    "instances_val2014_fakesegm100_results.json",
+)
+
+
 # --- predictions to results ---------------------------------------------------------------------------------
 
 
@@ -142,6 +153,12 @@ def gather_on_rank(rank, folder):
         if rank < world_size:
             mine = results_of(IMAGE_IDS[rank::world_size])
             got[f"{world_size} ranks"] = coco_eval.gather_results(mine, IMAGE_IDS, group)
+            if ORACLE.exists():
+                image_ids = [image["id"] for image in oracle(GT)["images"]]
+                mine = set(image_ids[rank::world_size])
+                for name in (BOXES, MASKS):
+                    shard = [result for result in oracle(name) if result["image_id"] in mine]
+                    got[f"{name} of {world_size} ranks"] = coco_eval.gather_results(shard, image_ids, group)
     few = results_of([10] if rank == 0 else [])
     got["empty ranks"] = coco_eval.gather_results(few, IMAGE_IDS)
     for name, image_id in (("twice", 10), ("stranger", 99 if rank == 2 else 10 * rank + 10)):
@@ -191,17 +208,6 @@ def test_one_process_without_a_group_sorts_too():
 # --- scoring: COCO's own oracles ----------------------------------------------------------------------------
 
 
-def oracle(name):
-    return json.loads((ORACLE / name).read_text())
-
-
-GT, BOXES, MASKS = (
-    "instances_val2014_100.json",
-    "instances_val2014_fakebbox100_results.json",
-    "instances_val2014_fakesegm100_results.json",
-)
-
-
 @needs_oracle
 @pytest.mark.parametrize("evaluator", EVALUATORS)
 @pytest.mark.parametrize("carried", ["boxes", "masks", "masks and boxes"])
@@ -234,6 +240,17 @@ def test_equal_scores_are_ranked_in_the_files_order(evaluator):
     truth = coco_eval.read_ground_truth(ORACLE / GT)
     metrics, _ = coco_eval.score_results(truth, oracle(BOXES)[::-1], ["bbox"], evaluator)
     assert metrics["bbox"]["AP"] != pytest.approx(oracle("expected.json")["bbox"]["AP"], abs=1e-9)
+
+
+@needs_oracle
+@pytest.mark.parametrize("evaluator", EVALUATORS)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_any_number_of_ranks_reproduces_the_oracles(gathered, evaluator, world_size):
+    truth = coco_eval.read_ground_truth(ORACLE / GT)
+    for iou_type, name in (("bbox", BOXES), ("segm", MASKS)):
+        results = gathered[0][f"{name} of {world_size} ranks"]
+        metrics, _ = coco_eval.score_results(truth, results, [iou_type], evaluator)
+        assert metrics[iou_type] == pytest.approx(oracle("expected.json")[iou_type], rel=0, abs=1e-12)
 
 
 @needs_oracle
