@@ -227,9 +227,9 @@ class FoldedConv2d(nn.Conv2d):
     """A convolution and the frozen batch norm after it as one convolution.
 
     With scale = gamma / sqrt(variance + eps) its weight is weight * scale and its bias beta + (bias - mean) * scale,
-    both rounded to autocast's dtype after folding. A frozen convolution's are kept until a tensor behind them is
-    replaced or written to; a training one's are folded at each call, because torch's fused optimizers do not count
-    their writes.
+    both rounded to autocast's dtype after folding. Where nothing trains, in evaluation without grad or in a frozen
+    stage, they are kept until a tensor behind them is replaced or written to. In training they are folded at each
+    call, and `train` forgets what was kept: torch's fused optimizers do not count their writes.
     """
 
     folded_norm: tuple[FrozenBatchNorm2d]
@@ -238,12 +238,17 @@ class FoldedConv2d(nn.Conv2d):
         device_type = self.weight.device.type
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else self.weight.dtype
-        if any(parameter.requires_grad for parameter in self.parameters(recurse=False)):
+        parameters = list(self.parameters(recurse=False))
+        if any(p.requires_grad for p in parameters) and (self.training or torch.is_grad_enabled()):
             weight, bias = self._fold(dtype)
         else:
-            sources = [*self.parameters(recurse=False), *self.folded_norm[0].buffers()]
+            sources = [*parameters, *self.folded_norm[0].buffers()]
             weight, bias = self._keep("_kept_fold", sources, dtype, lambda: self._fold(dtype))
         return self._conv_forward(x, weight, bias)
+
+    def train(self, mode: bool = True) -> "FoldedConv2d":
+        self._kept_fold = None
+        return super().train(mode)
 
     def _fold(self, dtype):
         norm = self.folded_norm[0]

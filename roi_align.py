@@ -3,16 +3,17 @@
 A bin of RoIAlign is a weighted sum of feature vectors: at torchvision's sampling ratio of 2, 4 samples of 4
 corners each. Stack the pixels of every level, channels last, into one table, and the bins of all RoIs of all
 levels are one `embedding_bag`; the gradient is the transposed product, a second `embedding_bag` over the same
-entries sorted by table row. torchvision's op goes level by level in float32 and channels first, and adds its
-gradient corner by corner.
+entries sorted by table row. (On CUDA roi_align_triton.py sums the bags.) torchvision's op goes level by level in
+float32 and channels first, and adds its gradient corner by corner.
 
 Letters: B images, C channels, L levels, T table rows, R RoIs, P bins along an axis, Q taps of a bin along an
 axis (two corners of each sample), N bags (R * P * P over all requests), E entries of a bag (Q * Q).
 """
 
+import importlib.util
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -93,7 +94,7 @@ class _Table:
         )
 
     def bags(self, request: Request) -> tuple[Tensor, Tensor]:
-        """Table rows int32 [N, E] and their weights [N, E] for every bin, RoI by RoI, row by row."""
+        """Table rows int32 [N, E] and their weights float32 [N, E] for every bin, RoI by RoI, row by row."""
         pool = request.pool
         level = roi_levels(request.boxes, self.scales, pool.canonical_scale, pool.canonical_level)
         known = level < len(
@@ -110,7 +111,7 @@ class _Table:
         y = (y + image_row[:, None, None]) * width[:, None, None] + first_row[:, None, None]
         rows = y[:, :, None, :, None] + x[:, None, :, None, :]  # [R, P, P, Q, Q]
         weights = y_weights[:, :, None, :, None] * x_weights[:, None, :, None, :]
-        return rows.flatten(3).flatten(0, 2), weights.to(self.rows.dtype).flatten(3).flatten(0, 2)
+        return rows.flatten(3).flatten(0, 2), weights.flatten(3).flatten(0, 2)
 
 
 @lru_cache(maxsize=64)
@@ -174,37 +175,64 @@ def bilinear_taps(start, stop, size, num_bins, samples, max_samples=None):
 class _SparseProducts(torch.autograd.Function):
     """Weighted sums of table rows: apply(table [T, C], rows_1 [N_1, E_1], weights_1, rows_2, ...) -> [N_i, C] each.
 
-    Differentiable in the table. Sums are formed in float32 for bfloat16 tables too, and rounded once.
+    Differentiable in the table.
     """
 
     @staticmethod
     def forward(ctx, table, *bags):
         ctx.save_for_backward(*bags)
         ctx.num_rows = len(table)
-        rows = table.detach()  # an input that wants a gradient would make embedding_bag keep state for one
-        pairs = zip(bags[::2], bags[1::2], strict=True)
-        return tuple(F.embedding_bag(r, rows, per_sample_weights=w, mode="sum") for r, w in pairs)
+        sums = []
+        for rows, weights in zip(bags[::2], bags[1::2], strict=True):
+            entries = rows.shape[1]
+            bounds = torch.arange(0, rows.numel() + 1, entries, dtype=torch.int32, device=rows.device)
+            sums.append(bag_sums(table, rows.view(-1), bounds, weights.view(-1)))
+        return tuple(sums)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):
         bags = ctx.saved_tensors
-        entries = [rows.shape[1] for rows in bags[::2]]
         # Entry k of the transposed matrix: table row, bag and weight; sorted, each table row becomes a bag.
         row, order = torch.sort(torch.cat([rows.view(-1) for rows in bags[::2]]))
         bag, first_bag = [], 0
-        for gradient, length in zip(gradients, entries, strict=True):
-            numbers = torch.arange(first_bag, first_bag + len(gradient), dtype=torch.int32, device=row.device)
-            bag.append(numbers.repeat_interleave(length))
-            first_bag += len(gradient)
+        for rows in bags[::2]:
+            num_bags, entries = rows.shape
+            numbers = torch.arange(first_bag, first_bag + num_bags, dtype=torch.int32, device=rows.device)
+            bag.append(numbers.repeat_interleave(entries))
+            first_bag += num_bags
         bag = torch.cat(bag)[order]
         weight = torch.cat([weights.view(-1) for weights in bags[1::2]])[order]
         bounds = torch.arange(ctx.num_rows + 1, dtype=torch.int32, device=row.device)
         bounds = torch.searchsorted(row, bounds, out_int32=True)
-        table_gradient = F.embedding_bag(
-            bag, torch.cat(gradients), bounds, per_sample_weights=weight, mode="sum", include_last_offset=True
-        )
-        return table_gradient, *[None] * len(bags)
+        return bag_sums(torch.cat(gradients), bag, bounds, weight), *[None] * len(bags)
+
+
+def bag_sums(table, rows, bounds, weights):
+    """sum of weights[k] * table[rows[k]] over bounds[n] <= k < bounds[n + 1], for each of N bags: [N, C].
+
+    table: [T, C]. rows: int32 [K] in 0..T-1, bounds: int32 [N + 1], weights: float32 [K]. No gradient.
+    Sums are formed in float32 and rounded once, to the table's dtype. embedding_bag wants the weights in that
+    dtype too: in bfloat16 they are off by up to 2^-9, like the sums.
+    """
+    table = table.detach()  # an input that wants a gradient would make embedding_bag keep state for one
+    triton_bag_sums = _triton_bag_sums() if table.is_cuda else None
+    if triton_bag_sums is not None:
+        return triton_bag_sums(table, rows, bounds, weights)
+    weights = weights.to(table.dtype)
+    return F.embedding_bag(
+        rows, table, bounds, per_sample_weights=weights, mode="sum", include_last_offset=True
+    )
+
+
+@cache
+def _triton_bag_sums():
+    """The kernel for CUDA, or None without Triton, which comes with torch's CUDA builds for Linux."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    import roi_align_triton
+
+    return roi_align_triton.bag_sums
 
 
 def level_by_level(levels, scales, request):

@@ -361,7 +361,6 @@ class Bitmaps:
         taps, weights = bilinear_taps(start, stop, image_size, side, samples, max_samples)
         # The nearest resize takes pixel floor(i * frame / image), in float32.
         source = (taps * (frame_size.float() / image_size)[:, None, None]).int()
-        source = torch.minimum(source, (frame_size - 1)[:, None, None])
         rect = self.rects[self.object_numbers(positives)]
         first, end = rect[:, 1 - axis, None, None], rect[:, 3 - axis, None, None]
         inside = (source >= first) & (source < end)

@@ -374,31 +374,60 @@ def test_folded_output_is_not_promoted_under_autocast():
     torch.testing.assert_close(ours.float(), stock(x), rtol=0.02, atol=0.05)
 
 
-@pytest.mark.parametrize("change", ["load", "norm", "fused optimizer", "move"])
-def test_changed_weights_are_folded_anew(change):
-    """Weights that train are changed by a fused optimizer, which torch's version counters do not notice."""
-    block = conv_and_norm(trains=change == "fused optimizer")
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("change", ["load", "norm", "replaced data"])
+def test_changed_weights_are_folded_anew(change, trains):
+    block = conv_and_norm(trains=trains).eval()
     fold_frozen_batch_norms(block)
     x = torch.randn(1, 5, 4, 4)
     with torch.inference_mode():
         before = block(x)
-        assert torch.equal(block(x), before)
     if change == "load":
         block.load_state_dict(random_state(block, 9))
     elif change == "norm":
         with torch.no_grad():
             block[1].running_var.mul_(2)
-    elif change == "move":
-        block.double().float()
+    else:  # as module.to() does
         block[0].weight.data = block[0].weight.data + 1
-    else:
-        optimizer = torch.optim.SGD(block.parameters(), lr=0.1, fused=True)
-        block(x).sum().backward()
+    with torch.inference_mode():
+        assert_folded_anew(block, x, before)
+
+
+def test_fused_optimizers_are_noticed():
+    """torch's version counters do not move with them."""
+    block = conv_and_norm()
+    fold_frozen_batch_norms(block)
+    x = torch.randn(1, 5, 4, 4)
+    optimizer = torch.optim.SGD(block.parameters(), lr=0.1, fused=True)
+    for _ in range(2):
+        with torch.inference_mode():
+            before = block.eval()(x)
+        block.train()(x).sum().backward()
+        with torch.inference_mode():
+            block.eval()(x)  # even what is folded between backward and step is not kept for after it
+        block.train()
         optimizer.step()
+        with torch.inference_mode():
+            assert_folded_anew(block.eval(), x, before)
+
+
+def assert_folded_anew(block, x, before):
     stock = conv_and_norm()
     stock.load_state_dict(block.state_dict())
     assert not torch.equal(block(x), before)
     torch.testing.assert_close(block(x), stock(x), rtol=1e-5, atol=1e-5)
+
+
+def test_evaluation_folds_once():
+    block = conv_and_norm().eval()
+    fold_frozen_batch_norms(block)
+    with torch.no_grad():
+        block(torch.randn(1, 5, 4, 4))
+        kept = block[0]._kept_fold[2]
+        block(torch.randn(1, 5, 4, 4))
+    assert block[0]._kept_fold[2] is kept
+    block(torch.randn(1, 5, 4, 4)).sum().backward()  # with grad, an evaluating model folds with grad
+    assert block[0].weight.grad.any()
 
 
 def test_a_frozen_weight_is_folded_once():
@@ -411,6 +440,16 @@ def test_a_frozen_weight_is_folded_once():
     block(x).sum().backward()  # what inference mode left behind can be trained through
     assert block[0]._kept_fold[2] is kept
     assert x.grad.isfinite().all()
+
+
+def test_folding_compiles_without_a_graph_break():
+    torch.compiler.reset()
+    block = conv_and_norm()
+    fold_frozen_batch_norms(block)
+    x = torch.randn(1, 5, 4, 4)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), block(x))
+    torch.compiler.reset()
 
 
 def test_copies_of_a_folded_model_are_their_own():

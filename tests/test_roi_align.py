@@ -1,6 +1,10 @@
 """roi_align.py against torchvision's MultiScaleRoIAlign and against bins worked out by hand."""
 
+import os
+import subprocess
+import sys
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,13 +37,13 @@ def make_boxes(per_image, seed=1):
 
 
 def request(pool, boxes):
-    index = torch.cat([torch.full((len(b),), i) for i, b in enumerate(boxes)])
+    index = torch.cat([torch.full((len(b),), i, device=b.device) for i, b in enumerate(boxes)])
     return Request(pool, torch.cat(boxes), index)
 
 
 def gradients(features, outputs, seed=2):
     generator = torch.Generator().manual_seed(seed)
-    cotangents = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
+    cotangents = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
     return torch.autograd.grad(outputs, list(features.values()), cotangents, allow_unused=True)
 
 
@@ -149,6 +153,8 @@ def test_levels_by_hand():
     sides = torch.tensor([112.0, 224.0, 223.9999, 448.0, 0.0])
     boxes = torch.stack([torch.zeros(5), torch.zeros(5), sides, sides], dim=1)
     assert roi_levels(boxes, (0.25, 0.125, 0.0625, 0.03125), 224, 4).tolist() == [1, 2, 2, 3, 0]
+    not_a_number = torch.full((1, 4), float("nan"))
+    assert roi_levels(not_a_number, (0.25, 0.125, 0.0625, 0.03125), 224, 4).item() in range(4)
 
 
 def test_taps_by_hand():
@@ -160,3 +166,42 @@ def test_taps_by_hand():
     indices, weights = bilinear_taps(start, stop, torch.tensor([9, 2], dtype=torch.int32), 1, 2)
     assert indices.tolist() == [[[1, 2, 2, 3]], [[1, 1, 1, 1]]]
     assert weights.tolist() == [[[0.25, 0.25, 0.25, 0.25]], [[0.5, 0.0, 0.0, 0.0]]]
+
+
+# --- the CUDA kernel -----------------------------------------------------------------------------------
+
+INTERPRETED = """
+import torch
+from roi_align_triton import bag_sums
+
+generator = torch.Generator().manual_seed(0)
+rows = torch.randint(0, 50, (60,), dtype=torch.int32, generator=generator)
+weights = torch.randn(60, generator=generator)
+bounds = torch.tensor([0, 3, 3, 40, 41, 60], dtype=torch.int32)  # lengths 3, none, 37 (three rounds), 1, 19
+for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2**-7)):  # the interpreter cuts bits off
+    for num_channels in (8, 5, 300):  # 300 need two programs
+        table = torch.randn(50, num_channels, generator=generator).to(dtype)
+        sums = bag_sums(table, rows, bounds, weights)
+        pairs = zip(bounds.tolist(), bounds.tolist()[1:])
+        expected = [(weights[a:b, None].double() * table[rows[a:b]].double()).sum(0) for a, b in pairs]
+        assert sums.dtype == dtype
+        torch.testing.assert_close(sums.double(), torch.stack(expected), rtol=tolerance, atol=1e-5)
+assert bag_sums(table, rows[:0], bounds[:1], weights[:0]).shape == (0, 300)
+"""
+
+
+def test_triton_kernel_in_the_interpreter():
+    pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds for Linux")
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
+    run = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_equal_to_torchvision_on_cuda():
+    features = OrderedDict((k, v.detach().cuda().requires_grad_()) for k, v in make_features().items())
+    pools = [MultiScaleRoIAlign(NAMES, 7, 2), MultiScaleRoIAlign(NAMES, 14, 2)]
+    boxes = [[b.cuda() for b in make_boxes([50, 30])], [b.cuda() for b in make_boxes([0, 9], seed=5)]]
+    assert_equal_to_torchvision(features, pools, boxes, atol=1e-4)

@@ -1,6 +1,7 @@
 """roi_heads.py against torchvision's RoIHeads for the same weights, proposals and sampled indices."""
 
 import copy
+import math
 from collections import OrderedDict
 
 import pytest
@@ -16,7 +17,7 @@ from torchvision.ops import MultiScaleRoIAlign
 import roi_heads
 from boxes import Proposals, sample_balanced
 from masks import CroppedMasks
-from roi_heads import Bitmaps, RoIHeads, Samples
+from roi_heads import Bitmaps, RoIHeads, Samples, keypoint_loss
 
 CHANNELS = 8
 NUM_CLASSES = 4  # with background
@@ -257,6 +258,19 @@ def test_a_box_without_width_is_named():
         heads(make_features(), make_proposals(targets)[1], IMAGE_SIZES, targets)
 
 
+def test_keypoint_loss_by_hand():
+    """An RoI from 0 to 8 pixels and a heatmap of 2×2: (1, 5) is cell 2; (8, 0), on the far edge, the last column's, 1.
+
+    (8.1, 0) is outside and (1, 1) invisible. Logits are 0 but for a 1 in cell 2: log(3 + e) - 1 for the first
+    keypoint, log(3 + e) for the second.
+    """
+    keypoints = torch.tensor([[[1.0, 5.0, 1.0], [8.0, 0.0, 2.0], [8.1, 0.0, 2.0], [1.0, 1.0, 0.0]]])
+    logits = torch.zeros(1, 4, 2, 2)
+    logits[:, :, 1, 0] = 1
+    loss = keypoint_loss(logits, keypoints, torch.tensor([[0.0, 0.0, 8.0, 8.0]]))
+    assert loss.item() == pytest.approx(math.log(3 + math.e) - 0.5)
+
+
 # --- evaluation ----------------------------------------------------------------------------------------
 
 
@@ -383,6 +397,13 @@ def test_mask_target_by_hand(way):
     zero = torch.zeros(1, dtype=torch.int64)
     targets = read_targets([CroppedMasks.from_dense(dense)], [(8, 8)], box, zero, zero, side=4)
     assert targets.tolist() == [[[1.0, 0.25, 0.0, 0.0]] * 4]
+
+
+def test_chunks_by_hand(monkeypatch):
+    # Largest first: 6×5, then 2×9 would pad both to 6×9 = 54 pixels each; 1×1 fits beside 2×9 in 2 * 18.
+    monkeypatch.setattr(roi_heads, "CHUNK_PIXELS", 40)
+    sizes = [(1, 1), (0, 0), (6, 5), (2, 9)]
+    assert list(roi_heads._chunks(sizes)) == [([2], 6, 5), ([3, 0], 2, 9)]
 
 
 class Watch(TorchDispatchMode):
