@@ -11,7 +11,6 @@ the machine does hits all alike; compare within a run, never across. --use-fake-
 """
 
 import argparse
-import contextlib
 import shlex
 import statistics
 import subprocess
@@ -30,10 +29,15 @@ from benchmark_arms import VARIANTS
 from benchmark_processes import Arm, ArmError, Arms, TreeMemory, rotated
 from benchmark_report import Report, between, number, ratio, spread, times
 from instruments import attainable_seconds, largest, total_flops
-from transforms import build_transforms
 from utils import UserError
 
 TIMED_PRODUCTS = 6  # of the forward pass, and as many of the backward pass: the dominant ones
+DATA_STAGES = {
+    "target": "decode, mirror, targets",
+    "batch": "resized, normalised, padded batch",
+    "lsj": "large-scale jitter",
+    "copypaste": "large-scale jitter, copy-paste",
+}
 GPU_WARMUP, GPU_ROUNDS, GPU_STEPS = 30, 3, 40
 
 
@@ -105,7 +109,7 @@ def run_train(args, report, folder):
     with Arms(report) as arms:
         for name in names:
             arms.open("train", name, work)
-            report.progress(f"{name} is ready")
+            report.progress(f"{name} is open")
         precision = arms.ask_all("precision")
         losses = arms.ask_all("trace", steps=1)
         arms.ask_all("turn", steps=args.warmup)
@@ -353,7 +357,7 @@ def run_data(args, report, folder):
     data = data_set(args, folder, args.images)
     peers = opponents(args, ("torchvision",))
     measured = {}
-    for stage in data_stages():
+    for stage in DATA_STAGES:
         work = {**workload(args, data, batch_size=args.batch_size), "device": "cpu"}
         with Arms(report) as arms:
             for name in ["ours", *peers]:
@@ -375,22 +379,6 @@ def run_data(args, report, folder):
             rows.append([*row, times(ratio(own, seconds["ours"])), found["memory"][name]["host_mb"]])
     columns = ["up to", "arm", "img/s per core", "range", "time ÷ ours, rounds / medians", "peak MB"]
     report.table("Data, one thread", columns, rows)
-
-
-DATA_STAGES = {
-    "target": "decode, mirror, targets",
-    "batch": "resized, normalised, padded batch",
-    "lsj": "large-scale jitter",
-}
-
-
-def data_stages():
-    """The stages that transforms.py has policies for."""
-    stages = ["target", "batch"]
-    with contextlib.suppress(ValueError):
-        build_transforms("lsj", training=True)
-        stages.append("lsj")
-    return stages
 
 
 # --- startup ----------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ from instruments import (
     synchronize,
     unique_memory_mb,
 )
-from transforms import build_transforms
+from transforms import SimpleCopyPaste, build_transforms
 from utils import UserError
 
 IMAGE_MEAN, IMAGE_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -351,17 +351,7 @@ class Detectron2Trainer(TorchvisionTrainer):
         raise UserError("--with-loader: detectron2's arm has no loader; leave it out of --against")
 
     def steps(self, feed):
-        self.model.train()
-        read = []
-        for images, _ in feed:
-            losses = self.model(list(images))
-            loss = sum(losses.values())
-            read.append({name: value.item() for name, value in losses.items()})
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-            self.scheduler.step()
-        return read
+        return reference.train_detectron2(self.model, self.optimizer, self.scheduler, feed)
 
 
 def trainer(arm, workload):
@@ -560,38 +550,52 @@ class DataArm:
     """An arm of `benchmark.py data`: samples of one policy on one thread. Arms: ours, torchvision.
 
     stage: "target" (decode, mirror, targets), "batch" (also resized, normalised and padded, ready to compute), "lsj"
-    (large-scale jitter).
+    (large-scale jitter, mirror), "copypaste" (that, then simple copy-paste within the batch).
     """
 
     def __init__(self, arm, workload, stage):
         coco_utils.init_worker(0)
-        self.workload, self.stage = workload, stage
-        policy = "lsj" if stage == "lsj" else "hflip"
         torch.manual_seed(workload.seed)
-        sizes = workload.min_size, workload.max_size
-        if arm == "ours":
-            self.dataset = workload.dataset(training=True)
-            self.dataset.transforms = build_transforms(policy, training=True)
-            self.collate = coco_utils.collate
-            self.transform = rcnn.FastTransform(*sizes, IMAGE_MEAN, IMAGE_STD)
-        else:
-            augment = {"lsj": reference.large_scale_jitter, "hflip": reference.hflip}[policy]
-            data = reference.ReferenceDataset(
-                workload.images, workload.annotations, augment, with_masks="maskrcnn" in workload.model
-            )
-            self.dataset = Subset(data, reference.images_to_learn_from(data))
-            self.collate = reference.collate
-            self.transform = GeneralizedRCNNTransform(*sizes, IMAGE_MEAN, IMAGE_STD)
+        self.workload = workload
+        policy = "lsj" if stage in ("lsj", "copypaste") else "hflip"
+        self.dataset = self.open_ours(policy) if arm == "ours" else self.open_torchvision(policy)
+        finishers = {
+            "ours": {"batch": self.ready_batch, "copypaste": self.paste_objects},
+            "torchvision": {"batch": self.reference_batch, "copypaste": self.reference_paste},
+        }
+        self.finish = finishers[arm].get(stage, coco_utils.collate)
+
+    def open_ours(self, policy):
+        dataset = self.workload.dataset(training=True)
+        dataset.transforms = build_transforms(policy, training=True, keypoint_flip=dataset.keypoint_flip)
+        return dataset
+
+    def open_torchvision(self, policy):
+        augment = {"lsj": reference.large_scale_jitter, "hflip": reference.hflip}[policy]
+        data = reference.ReferenceDataset(self.workload.images, self.workload.annotations, augment)
+        return Subset(data, reference.images_to_learn_from(data))
+
+    def ready_batch(self, samples):
+        transform = rcnn.FastTransform(self.workload.min_size, self.workload.max_size, IMAGE_MEAN, IMAGE_STD)
+        return transform(*coco_utils.collate(samples))
+
+    def reference_batch(self, samples):
+        sizes = self.workload.min_size, self.workload.max_size
+        images, targets = reference.collate(samples)
+        return GeneralizedRCNNTransform(*sizes, IMAGE_MEAN, IMAGE_STD)(list(images), list(targets))
+
+    def paste_objects(self, samples):
+        return coco_utils.collate(SimpleCopyPaste()(samples, np.random.default_rng(self.workload.seed)))
+
+    def reference_paste(self, samples):
+        return reference.copy_paste(*reference.collate(samples))
 
     def turn(self, first, count):
         """{"seconds", "images"} of images first to first + count, around the data set's end."""
         started = time.perf_counter()
         for start in range(first, first + count, self.workload.batch_size):
             end = min(start + self.workload.batch_size, first + count)
-            samples = [self.dataset[index % len(self.dataset)] for index in range(start, end)]
-            images, targets = self.collate(samples)
-            if self.stage == "batch":
-                self.transform(list(images), list(targets))
+            self.finish([self.dataset[index % len(self.dataset)] for index in range(start, end)])
         return {"seconds": time.perf_counter() - started, "images": count}
 
     def memory(self):

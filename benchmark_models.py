@@ -71,7 +71,8 @@ def build_torchvision(workload, dataset, eps):
     )
     if workload.backbone is not None:
         models.replace_backbone(model, workload.backbone)
-    models.convert_norm(model.backbone, "frozen", eps)
+    models.convert_norm(model.backbone, "frozen")
+    models.set_norm_eps(model.backbone, eps)
     models.freeze_stages(model.backbone, models.DEFAULT_TRAINABLE.get(workload.model, 3))
     return model
 

@@ -191,7 +191,12 @@ def _paste_objects(image, target, other_image, other):
     labels = torch.cat([target["labels"][left], labels[pasted]])
     boxes = masks_to_boxes(masks)
     keep = (boxes[:, 2:] - boxes[:, :2]).gt(1).all(dim=1)
-    return image, {**target, "boxes": boxes[keep], "labels": labels[keep], "masks": masks[keep]}
+    return image, {
+        "boxes": boxes[keep],
+        "labels": labels[keep],
+        "masks": masks[keep],
+        "image_id": target["image_id"],
+    }
 
 
 def collate(samples):
@@ -468,3 +473,26 @@ def detectron2_input(image, target, polygons, min_size, max_size):
         "height": height,
         "width": width,
     }
+
+
+def train_detectron2(model, optimizer, scheduler, loader):
+    """detectron2's plain training loop (tools/plain_train_net.py): the losses are read at each step.
+
+    loader: yields (list of detectron2's input dicts, anything). Returns the losses of each step as floats.
+    """
+    from detectron2.utils.events import EventStorage
+
+    model.train()
+    read = []
+    with EventStorage() as storage:
+        for inputs, _ in loader:
+            losses = model(list(inputs))
+            loss = sum(losses.values())
+            read.append({name: value.item() for name, value in losses.items()})
+            storage.put_scalars(total_loss=sum(read[-1].values()), **read[-1])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            storage.step()
+    return read
