@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import chain
 from numbers import Integral, Real
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
@@ -59,68 +61,77 @@ class CroppedMasks:
         Source: the COCO mask API.
         """
         check_frame(height, width)
-        part_counts: list[np.ndarray] = []  # run lengths of each part, background first
-        part_owner: list[int] = []
-        polygons: list[np.ndarray] = []
-        polygon_slots: list[int] = []
+        polygons, polygon_owners, rles, rle_owners = [], [], [], []
         for owner, segmentation in enumerate(segmentations):
             if isinstance(segmentation, dict):
-                part_counts.append(rle_counts(segmentation, height, width))
-                part_owner.append(owner)
-                continue
-            for polygon in segmentation:
-                points = check_polygon(polygon)
-                if points is not None:
-                    polygons.append(points)
-                    polygon_slots.append(len(part_counts))
-                    part_counts.append(_NO_RUNS)
-                    part_owner.append(owner)
+                rles.append(rle_counts(segmentation, height, width))
+                rle_owners.append(owner)
+            else:
+                polygons += segmentation
+                polygon_owners += [owner] * len(segmentation)
+        polygons, kept = _usable_polygons(polygons)
+        runs, first = _NO_RUNS, _NO_RUNS
         if polygons:
-            rles = coco_mask.frPyObjects(polygons, height, width)
-            for slot, counts in zip(polygon_slots, decode_counts([r["counts"] for r in rles]), strict=True):
-                part_counts[slot] = counts
-        return cls._from_runs(part_counts, part_owner, len(segmentations), height, width)
+            runs, first = decode_counts([r["counts"] for r in coco_mask.frPyObjects(polygons, height, width)])
+        owners = np.array(polygon_owners, np.int64)[kept]
+        if rles:
+            first = np.concatenate([first, len(runs) + np.cumsum([0] + [len(rle) for rle in rles[:-1]])])
+            runs = np.concatenate([runs, *rles])
+            owners = np.concatenate([owners, rle_owners])
+        return cls._from_runs(runs, first, owners, len(segmentations), height, width)
 
     @classmethod
     def _from_runs(
-        cls, part_counts: list[np.ndarray], part_owner: list[int], num_objects: int, height: int, width: int
+        cls,
+        runs: np.ndarray,
+        first: np.ndarray,
+        owners: np.ndarray,
+        num_objects: int,
+        height: int,
+        width: int,
     ) -> CroppedMasks:
-        """Paint run lengths (column by column, background first) into each object's tight rectangle."""
-        starts, lengths, owners = [], [], []
-        for counts, owner in zip(part_counts, part_owner, strict=True):
-            ends = np.cumsum(counts)
-            inked = counts[1::2] > 0
-            starts.append(ends[0 : len(inked) * 2 : 2][inked])
-            lengths.append(counts[1::2][inked])
-            owners.append(np.full(len(starts[-1]), owner))
-        start = np.concatenate([_NO_RUNS, *starts])  # [R] first pixel of each run, counted down the columns
-        length = np.concatenate([_NO_RUNS, *lengths])
-        owner = np.concatenate([_NO_RUNS, *owners])
+        """Paint run lengths into each object's tight rectangle.
+
+        runs: int64, of all parts one after another; each part fills the frame, column by column, background first.
+        first: int64 [parts], where each part's runs start. owners: int64 [parts], the object that a part belongs to.
+        """
+        part = np.repeat(np.arange(len(first)), np.diff(first, append=len(runs)))
+        inked = ((np.arange(len(runs)) - first[part]) % 2 == 1) & (runs > 0)
+        ends, part, length = np.cumsum(runs)[inked], part[inked], runs[inked]
+        start = (
+            ends - length - part * (height * width)
+        )  # [R] first pixel of each run, counted down the columns
+        owner = owners[part]
+        if (owner[1:] < owner[:-1]).any():
+            order = np.argsort(owner, kind="stable")
+            start, length, owner = start[order], length[order], owner[order]
 
         rects = np.zeros((num_objects, 4), np.int64)
         x, y = np.divmod(start, height)
         if len(start):
             last_x, last_y = np.divmod(start + length - 1, height)
             wraps = last_x > x  # such a run reaches the frame's lower and upper edge
-            first = np.flatnonzero(np.diff(owner, prepend=-1))  # runs come sorted by owner
-            with_pixels = owner[first]
-            rects[with_pixels, 0] = np.minimum.reduceat(x, first)
-            rects[with_pixels, 1] = np.minimum.reduceat(np.where(wraps, 0, y), first)
-            rects[with_pixels, 2] = np.maximum.reduceat(last_x, first) + 1
-            rects[with_pixels, 3] = np.maximum.reduceat(np.where(wraps, height - 1, last_y), first) + 1
+            newcomer = np.flatnonzero(np.diff(owner, prepend=-1))
+            with_pixels = owner[newcomer]
+            rects[with_pixels, 0] = np.minimum.reduceat(x, newcomer)
+            rects[with_pixels, 1] = np.minimum.reduceat(np.where(wraps, 0, y), newcomer)
+            rects[with_pixels, 2] = np.maximum.reduceat(last_x, newcomer) + 1
+            rects[with_pixels, 3] = np.maximum.reduceat(np.where(wraps, height - 1, last_y), newcomer) + 1
 
         w, h = rects[:, 2] - rects[:, 0], rects[:, 3] - rects[:, 1]
-        offsets = np.concatenate([_NO_RUNS[:1], [0], np.cumsum(w * h)])
+        offsets = np.zeros(num_objects + 1, np.int64)
+        np.cumsum(w * h, out=offsets[1:])
         # A run that wraps belongs to a rectangle of full height, where the columns still follow one another.
         ink = offsets[owner] + (x - rects[owner, 0]) * h[owner] + (y - rects[owner, 1])
-        depth = np.zeros(offsets[-1] + 1, np.int32)  # changes in the number of parts that cover a pixel
-        np.add.at(depth, ink, 1)
-        np.add.at(depth, ink + length, -1)
-        columns = (np.cumsum(depth[:-1]) > 0).view(np.uint8)
+        # The number of parts that cover a pixel, from where it grows and falls.
+        depth = np.zeros(offsets[-1] + 1, np.int8 if len(first) < 128 else np.int32)
+        np.add.at(depth, ink, depth.dtype.type(1))
+        np.subtract.at(depth, ink + length, depth.dtype.type(1))
+        columns = (np.cumsum(depth[:-1], dtype=depth.dtype) > 0).view(np.uint8)
         pixels = np.empty_like(columns)
-        for n in range(num_objects):
-            lo, hi = offsets[n], offsets[n + 1]
-            pixels[lo:hi].reshape(h[n], w[n])[:] = columns[lo:hi].reshape(w[n], h[n]).T
+        for lo, hi, rows in zip(offsets[:-1].tolist(), offsets[1:].tolist(), h.tolist(), strict=True):
+            if rows:
+                cv2.transpose(columns[lo:hi].reshape(-1, rows), dst=pixels[lo:hi].reshape(rows, -1))
         return cls(
             torch.from_numpy(rects), torch.from_numpy(offsets), torch.from_numpy(pixels), (height, width)
         )
@@ -225,9 +236,12 @@ class CroppedMasks:
         rects[:, 0], rects[:, 2] = self.size[1] - self.rects[:, 2], self.size[1] - self.rects[:, 0]
         empty = self.rects[:, 0] == self.rects[:, 2]
         rects[empty] = self.rects[empty]
-        mirrored = [bitmap[:, ::-1].reshape(-1) for bitmap, _, _ in self._bitmaps()]
-        pixels = torch.from_numpy(np.concatenate(mirrored)) if mirrored else self.pixels
-        return CroppedMasks(rects, self.offsets, pixels, self.size)
+        pixels = torch.empty_like(self.pixels)
+        mirrored = CroppedMasks(rects, self.offsets, pixels, self.size)
+        for (bitmap, _, _), (target, _, _) in zip(self._bitmaps(), mirrored._bitmaps(), strict=True):
+            if bitmap.size:
+                cv2.flip(bitmap, 1, dst=target)
+        return mirrored
 
     def resize(self, height: int, width: int) -> CroppedMasks:
         """Nearest neighbour, exactly torch's interpolate(mode="nearest") on the dense masks."""
@@ -290,6 +304,29 @@ def check_frame(height: int, width: int) -> None:
         raise ValueError(
             f"a frame of {height}×{width} pixels; it must have at least one and at most {MAX_PIXELS:,} pixels"
         )
+
+
+def _usable_polygons(polygons: list[Any]) -> tuple[list[np.ndarray], list[int]]:
+    """(polygons of three and more points as float64 [2 * points], which ones they are). Raises as check_polygon does.
+
+    All in one pass, since a call of numpy for each polygon costs more than rasterising it.
+    """
+    try:
+        lengths = [len(polygon) for polygon in polygons]
+        numbers = list(chain.from_iterable(polygons))
+        values = np.array(numbers, np.float64) if set(map(type, numbers)) <= {int, float} else None
+    except (TypeError, OverflowError):
+        values = None
+    # An outline is no longer than its points times twice the largest coordinate.
+    if values is not None and len(values):
+        largest = np.abs(values).max()
+        if largest <= MAX_COORDINATE and largest * max(lengths) <= MAX_OUTLINE_PIXELS:
+            ends = np.cumsum(lengths).tolist()
+            kept = [n for n, length in enumerate(lengths) if length >= 6]
+            return [values[ends[n] - lengths[n] : ends[n] - lengths[n] % 2] for n in kept], kept
+    checked = [check_polygon(polygon) for polygon in polygons]
+    kept = [n for n, points in enumerate(checked) if points is not None]
+    return [checked[n] for n in kept], kept
 
 
 def check_polygon(polygon: Any) -> np.ndarray | None:
@@ -366,34 +403,39 @@ def rle_counts(rle: dict[str, Any], height: int, width: int) -> np.ndarray:
     return runs
 
 
-def decode_counts(strings: Sequence[bytes]) -> list[np.ndarray]:
-    """Run lengths, int64 [runs] each, of COCO's compressed counts.
+def decode_counts(strings: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """(run lengths of all strings, int64 [runs]; where each string's start, int64 [strings]), of compressed counts.
 
     A character carries 5 bits, low bits first, and a sixth that says "more to come"; the fifth bit of a
     number's last character is its sign; from the fourth number on it is the difference to the number two
     before.
-    Raises ValueError for a character outside the alphabet and for a number cut off or of over 7 characters.
+    Raises ValueError for a character outside the alphabet, for a number cut off or of over 7 characters, and for an
+    empty string.
     """
     codes = np.frombuffer(b"".join(strings), np.uint8).astype(np.int64) - 48
     if codes.size and (codes.min() < 0 or codes.max() > 63):
         raise ValueError("RLE counts hold characters outside the COCO alphabet")
-    is_last = codes < 32
     string_ends = np.cumsum([len(s) for s in strings])
-    if not all(is_last[end - 1] for s, end in zip(strings, string_ends, strict=True) if s):
+    last = np.flatnonzero(codes < 32)  # [numbers] the last character of each
+    last_of_string = np.searchsorted(last, string_ends - 1)
+    if len(last) < len(strings) or (last.take(last_of_string, mode="clip") != string_ends - 1).any():
         raise ValueError("RLE counts end in the middle of a number")
-    last = np.flatnonzero(is_last)  # [numbers]
-    first = np.concatenate([_NO_RUNS, [0], last[:-1] + 1])[: len(last)]
-    width = last - first + 1
-    if width.size and width.max() > 7:
+    begin = np.concatenate([_NO_RUNS, [0], last[:-1] + 1])
+    width = last - begin + 1
+    if width.max() > 7:
         raise ValueError("RLE counts hold a number of more than 35 bits")
-    place = np.arange(codes.size) - np.repeat(first, width)
-    numbers = np.add.reduceat((codes & 31) << (5 * place), first) if len(first) else _NO_RUNS
+    place = np.arange(codes.size) - np.repeat(begin, width)
+    numbers = np.add.reduceat((codes & 31) << (5 * place), begin)
     numbers -= np.where(codes[last] & 16, 1 << (5 * width), 0)
-    runs = np.split(numbers, np.searchsorted(last, string_ends[:-1])) if len(strings) else []
-    for run in runs:
-        run[1::2] = np.cumsum(run[1::2])
-        run[2::2] = np.cumsum(run[2::2])
-    return runs
+    # Sum up every other number of a string, the odd ones from its second and the even ones from its third on.
+    first = np.concatenate([_NO_RUNS, [0], last_of_string[:-1] + 1])
+    part = np.repeat(np.arange(len(first)), np.diff(first, append=len(numbers)))
+    place = np.arange(len(numbers)) - first[part]
+    odd = np.cumsum(np.where(place % 2 == 1, numbers, 0))
+    even = np.cumsum(np.where((place % 2 == 0) & (place > 0), numbers, 0))
+    runs = np.where(place % 2 == 1, odd - odd[first][part], even - even[first][part])
+    runs[first] = numbers[first]
+    return runs, first
 
 
 @lru_cache(maxsize=256)
