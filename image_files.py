@@ -124,14 +124,16 @@ def _is_inside(root: str, path: str) -> bool:
 
 def _read_bytes(path: str | Path) -> bytes:
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+        with open(path, "rb", buffering=0) as file:
+            if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
+                raise ImageError(
+                    f"{path}: is larger than {MAX_FILE_BYTES:,} bytes; save it anew as PNG or JPEG"
+                )
+            data = file.readall()
     except OSError as error:
         raise ImageError(f"{path}: cannot be read ({error.strerror}); check the file") from None
     if not data:
         raise ImageError(f"{path}: is empty (0 bytes); fetch it again")
-    if len(data) > MAX_FILE_BYTES:
-        raise ImageError(f"{path}: is larger than {MAX_FILE_BYTES:,} bytes; save it anew as PNG or JPEG")
     return data
 
 

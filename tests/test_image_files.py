@@ -17,17 +17,21 @@ def picture():
     return np.random.default_rng(1).integers(0, 256, (20, 30, 3)).astype(np.uint8)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM"])
-@pytest.mark.parametrize("mode", ["RGB", "L", "LA", "P", "1", "RGBA", "CMYK"])
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [("JPEG", mode) for mode in ("RGB", "L", "CMYK")]
+    + [("PNG", mode) for mode in ("RGB", "L", "LA", "P", "1", "RGBA")]
+    + [("BMP", mode) for mode in ("RGB", "L", "P", "1")]
+    + [("TIFF", mode) for mode in ("RGB", "L", "LA", "P", "1", "RGBA", "CMYK")]
+    + [("WEBP", mode) for mode in ("RGB", "RGBA")]
+    + [("PPM", mode) for mode in ("RGB", "L", "1")],
+)
 def test_every_mode_becomes_rgb_as_pillow_does_it(tmp_path, picture, kind, mode):
     image = Image.fromarray(picture)
     if mode in ("RGBA", "LA"):
         image.putalpha(Image.fromarray(picture[..., 0]))
     path = tmp_path / f"a.{kind.lower()}"
-    try:
-        image.convert(mode).save(path, kind)
-    except (OSError, KeyError):
-        pytest.skip(f"{kind} does not hold {mode}")
+    image.convert(mode).save(path, kind)
     pixels = read_image(path, (20, 30))
     assert pixels.dtype == np.uint8 and pixels.shape == (20, 30, 3)
     expected = np.asarray(Image.open(path).convert("RGB")).astype(int)
