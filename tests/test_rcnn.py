@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 import torchvision
-from test_roi_heads import KeyedSampler
+from test_roi_heads import KeyedSampler, Watch
 from torch import nn
-from torchvision.models.detection import FasterRCNN, KeypointRCNN, MaskRCNN
+from torchvision.models.detection import FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.backbone_utils import (
     BackboneWithFPN,
     mobilenet_backbone,
@@ -20,7 +20,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 import boxes
 import roi_heads
@@ -221,6 +221,26 @@ def test_bfloat16_step_stays_near_float32(monkeypatch):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+def test_a_training_step_waits_for_the_device_twice(monkeypatch):
+    """With the paths that a GPU takes: once in the RPN's suppression, once in the RoI heads."""
+    monkeypatch.setattr(roi_heads.Bitmaps, "_by_object", roi_heads.Bitmaps._by_chunk)
+    monkeypatch.setattr(boxes, "suppress_on_cpu", lambda b, _, *args: boxes.suppress_batched(b, *args[:3]))
+    model = install_fast_parts(make_model(MaskRCNN))
+    images, targets = make_batch((4, 2))
+    for target in targets:
+        target["masks"] = CroppedMasks.from_dense(target["masks"])
+    monkeypatch.setattr(
+        model.transform, "torch_choice", lambda sizes: sizes[0]
+    )  # a host tensor on any device
+    reads = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: reads.append(t.shape) or tolist(t))
+    with Watch() as watch:
+        losses = model(images, targets)
+        sum(losses.values()).backward()
+    assert len(watch.waits) + len(reads) <= 2, watch.waits
 
 
 def test_state_dict_loads_strictly_both_ways():
@@ -471,6 +491,29 @@ def test_only_frozen_norms_right_behind_a_convolution_are_folded():
     before = [type(module) for module in model.modules()]
     fold_frozen_batch_norms(model)
     assert [type(module) for module in model.modules()] == before
+
+
+def test_one_stage_detectors_take_the_transform_and_the_folding():
+    torch.manual_seed(0)
+    backbone = resnet_fpn_backbone(
+        backbone_name="resnet18",
+        weights=None,
+        norm_layer=FrozenBatchNorm2d,
+        returned_layers=[2, 3, 4],
+        extra_blocks=LastLevelP6P7(256, 256),
+    )
+    calibrate(backbone)
+    stock = RetinaNet(backbone, NUM_CLASSES, min_size=96, max_size=128)
+    fast = copy.deepcopy(stock)
+    fast.transform = FastTransform.from_torchvision(fast.transform)
+    fold_frozen_batch_norms(fast.backbone)
+    images, targets = make_batch((3, 0))
+    expected = stock(as_floats(images), targets)
+    for name, loss in fast(images, targets).items():
+        torch.testing.assert_close(loss, expected[name], rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        for ours, theirs in zip(fast.eval()(images), stock.eval()(as_floats(images)), strict=True):
+            torch.testing.assert_close(ours["boxes"], theirs["boxes"], rtol=0, atol=1e-2)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet"])
