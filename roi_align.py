@@ -97,9 +97,7 @@ class _Table:
         """Table rows int32 [N, E] and their weights float32 [N, E] for every bin, RoI by RoI, row by row."""
         pool = request.pool
         level = roi_levels(request.boxes, self.scales, pool.canonical_scale, pool.canonical_level)
-        known = level < len(
-            self.scales
-        )  # of a level that it was not given, torchvision leaves an RoI at zero
+        known = level < len(self.scales)  # torchvision leaves RoIs of levels that it was not given at zero
         level = level.clamp(max=len(self.scales) - 1)
         boxes = request.boxes * self.level_scale[level][:, None]
         height, width, first_row = self.level_layout[:, level]
