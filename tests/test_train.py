@@ -131,6 +131,7 @@ def test_test_only_repeats_the_last_evaluation(data, finished, tmp_path):
     assert numbers(record["eval"]) == numbers(records(finished)[-1]["eval"])
 
 
+@pytest.mark.slow
 def test_resume_goes_on_as_if_never_stopped(data, finished, tmp_path):
     """The second epoch after a resume equals the second epoch of a run that was never interrupted, bit by bit."""
     part = tmp_path / "part"
@@ -156,6 +157,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(data, finished, capsys):
     assert "--resume auto" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes_evaluate_as_one(data, finished, tmp_path, launcher):
     """The same 24 numbers, to the last digit, under both spellings of the launcher."""
@@ -168,6 +170,7 @@ def test_two_processes_evaluate_as_one(data, finished, tmp_path, launcher):
     assert numbers(record["eval"]) == numbers(records(finished)[-1]["eval"])
 
 
+@pytest.mark.slow
 def test_two_processes_train_together(data, tmp_path):
     done = run_elsewhere(LAUNCHERS["torchrun"], data, tmp_path, "--epochs", "1")
     assert done.returncode == 0, done.stderr
@@ -177,6 +180,7 @@ def test_two_processes_train_together(data, tmp_path):
     assert len(torch.load(tmp_path / "checkpoint.pth", weights_only=True)["rng"]) == 2
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_a_resume_goes_on(data, tmp_path):
     """The run stops within an epoch; resumed, it ends with the weights of a run that was never stopped."""
     output = tmp_path / "stopped"
@@ -222,3 +226,16 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(data, tmp_pat
         )
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not COCO128.is_dir(), reason=f"{COCO128} is missing")
+def test_real_images(tmp_path):
+    """Real COCO images, polygons and category ids with gaps, in bf16 autocast."""
+    samples = ("--train-samples", 8, "--eval-samples", 4)
+    assert run(COCO128, tmp_path, "--epochs", 1, "--amp", "--amp-dtype", "bf16", *samples) == 0
+    (record,) = records(tmp_path)
+    assert record["step"] == 4
+    assert all(0 <= value < 100 for value in record["train"]["losses"].values())
+    checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    assert (len(checkpoint["classes"]), checkpoint["category_ids"][-1]) == (80, 90)
