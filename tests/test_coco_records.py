@@ -76,7 +76,7 @@ def test_the_fast_way_reads_what_the_plain_way_reads(tmp_path, separators, keypo
     rng = np.random.default_rng(1)
     path = tmp_path / "a.json"
     for trial in range(20):
-        monkeypatch.setattr(coco_records, "CHUNK_BYTES", int(rng.integers(900, 5000)))
+        monkeypatch.setattr(coco_records, "CHUNK_BYTES", int(rng.integers(100, 5000)))
         content = random_file(rng, keypoints=keypoints, shuffle_keys=trial % 2 == 0)
         text = json.dumps(content, separators=separators).encode()
         path.write_bytes(text)
@@ -98,7 +98,7 @@ def test_several_processes_read_what_one_reads(tmp_path, monkeypatch):
 def test_a_damaged_file_is_declined_or_read_alike(tmp_path, monkeypatch):
     """Change a few bytes of a regular file anywhere: never another answer, never a crash."""
     rng = np.random.default_rng(3)
-    monkeypatch.setattr(coco_records, "CHUNK_BYTES", 3000)
+    monkeypatch.setattr(coco_records, "CHUNK_BYTES", 500)
     path = tmp_path / "a.json"
     read = declined = 0
     for trial in range(600):
