@@ -240,6 +240,8 @@ def check_args(parser, args):
         parser.error("--ema-decay must lie in [0, 1)")
     if args.use_copypaste and args.data_augmentation != "lsj":
         parser.error("--use-copypaste needs --data-augmentation lsj")
+    if args.use_copypaste and "maskrcnn" not in args.model:
+        parser.error("--use-copypaste needs masks: a maskrcnn model")
     if (args.train_annotations is None) != (args.train_images is None):
         parser.error("--train-annotations and --train-images go together")
     if (args.val_annotations is None) != (args.val_images is None):

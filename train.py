@@ -30,7 +30,7 @@ import shapes
 import utils
 from group_by_aspect_ratio import GroupedBatchSampler, create_aspect_ratio_groups, evaluation_batches
 from run_log import RunLog
-from transforms import build_transforms
+from transforms import SimpleCopyPaste, build_transforms
 from utils import UserError
 
 EXIT_USER_ERROR, EXIT_FAILED, EXIT_SIGTERM = 2, 1, 143
@@ -104,6 +104,8 @@ def build_datasets(args):
         train.transforms = build_transforms(
             args.data_augmentation, training=True, keypoint_flip=train.keypoint_flip
         )
+        if args.use_copypaste:
+            train.batch_transform = SimpleCopyPaste()
     if args.mode != "train":
         val = coco_utils.CocoDataset(
             *paths["val"],
