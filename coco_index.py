@@ -218,13 +218,18 @@ def _resolve(
     image_of = _find(image_ids, columns.image_ids)
     listed = image_of >= 0
     known = _find(category_ids, columns.category_ids) >= 0
-    limits = sizes[image_of][:, ::-1] if len(sizes) else np.zeros((len(image_of), 2))
+    sizes = np.concatenate(
+        [sizes, [[0, 0]]]
+    )  # the last one is that of a record without an image, numbered -1
     boxes = np.empty((len(image_of), 4), np.float32)
-    boxes[:, :2] = np.clip(columns.boxes[:, :2], 0, limits)
-    boxes[:, 2:] = np.clip(columns.boxes[:, :2] + columns.boxes[:, 2:], 0, limits)
+    for axis in (0, 1):  # one coordinate at a time, to hold less memory at once
+        low, limit = columns.boxes[:, axis], sizes[:, 1 - axis][image_of]
+        boxes[:, axis] = np.clip(low, 0, limit)
+        boxes[:, axis + 2] = np.clip(low + columns.boxes[:, axis + 2], 0, limit)
     flat = (columns.boxes[:, 2:] <= 0).any(axis=1)
     outside = ~flat & (boxes[:, 2:] <= boxes[:, :2]).any(axis=1)
-    wrong_rle = listed & (columns.rle_sizes[:, 0] > 0) & (columns.rle_sizes != limits[:, ::-1]).any(axis=1)
+    wrong_rle = listed & (columns.rle_sizes[:, 0] > 0)
+    wrong_rle[wrong_rle] = (columns.rle_sizes[wrong_rle] != sizes[image_of[wrong_rle]]).any(axis=1)
     # What belongs to an image or category that is itself in error is not reported over again.
     orphan, nameless = ~listed, ~known
     if orphan.any():
@@ -238,7 +243,7 @@ def _resolve(
                 "box": f"{columns.boxes[n].tolist()} (x, y, width, height)",
                 "category": columns.category_ids[n],
                 "rle": columns.rle_sizes[n].tolist(),
-                "size": f"{limits[n, ::-1].tolist()} (height, width)",
+                "size": f"{sizes[image_of[n]].tolist()} (height, width)",
             }
             subject = f"annotation {columns.ids[n]} (image {columns.image_ids[n]})"
             findings.append(Finding(level, subject, what.format(**values), action, kind))

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from io import FileIO
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,20 +61,6 @@ class Columns:
     keypoints: np.ndarray  # float32 [R, 3J]
     texts: bytes = b""
     findings: list[Finding] = field(default_factory=list)
-
-    @classmethod
-    def cat(cls, parts: Sequence[Columns]) -> Columns:
-        """The records of all parts, in order."""
-        texts_before = 0
-        for part in parts:
-            part.places[part.places < 0] -= texts_before
-            texts_before += len(part.texts)
-        arrays = [name for name, value in vars(parts[0]).items() if isinstance(value, np.ndarray)]
-        return cls(
-            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in arrays},
-            texts=b"".join(part.texts for part in parts),
-            findings=[finding for part in parts for finding in part.findings],
-        )
 
 
 # --- the plain way ----------------------------------------------------------------------------------------------
@@ -241,24 +228,20 @@ def _keypoints(record: dict[str, Any], num_keypoints: int) -> list[float]:
 
 # --- the fast way -----------------------------------------------------------------------------------------------
 
-CHUNK_BYTES = (
-    100_000  # of text at a time: its arrays stay in the cache and in the heap, 5 times faster than 500,000
-)
+# Of text at a time: its arrays stay in the cache and in the heap, which is five times faster than 500,000.
+CHUNK_BYTES = 100_000
+LAYOUT_BYTES = 1_000_000  # the first record must end before; else the file is read in the plain way
 PARALLEL_BYTES = 50_000_000  # from this size on, several processes read
 MAX_PROCESSES = 8
-LAYOUT_BYTES = 1_000_000  # the first record must end before; else the file is read in the plain way
 MAX_USUAL_NUMBERS = 800  # of a polygon; with _has_plain_numbers' 4 digits it keeps within MAX_OUTLINE_PIXELS
-_KEYS_READ = (
+_KEYS_READ = {"images", "annotations", "categories"} | {
     "id",
-    "height",
-    "width",
-    "file_name",
     "name",
     "keypoints",
-    "images",
-    "annotations",
-    "categories",
-)
+    "file_name",
+    "height",
+    "width",
+}
 _NUMBER = b"0123456789.-"
 _NOT_IN_NUMBER_LIST = bytes(set(range(256)) - set(_NUMBER + b","))
 
@@ -300,7 +283,6 @@ def read_regular_file(path: Path) -> tuple[dict[str, Any], Columns]:
         begin = opening.end()
         end = _end_of_records(text, begin)
         layout = _learn_layout(text[begin : min(end, begin + LAYOUT_BYTES)])
-        rest = text[:begin] + text[end:]  # "annotations": []
         begins, ends = [begin], []
         for target in np.linspace(begin, end, _num_processes(end - begin) + 1)[1:-1].astype(int).tolist():
             brace = text.find(layout.separator, target, end)
@@ -308,22 +290,29 @@ def read_regular_file(path: Path) -> tuple[dict[str, Any], Columns]:
                 ends.append(brace + 1)
                 begins.append(brace + len(layout.separator) - 1)
         ends.append(end)
-    if len(begins) == 1:
-        columns = _read_part(path, begin, end, layout)
-        others = _load_json(rest, _only_what_is_read)
-    else:
+        if len(begins) == 1:
+            others = _read_others(text[:begin] + text[end:])
+            return others, _read_part(path, begin, end, layout)
         with warnings.catch_warnings():  # Python warns of forking beside threads; these children run none
             warnings.simplefilter("ignore", DeprecationWarning)
             with ProcessPoolExecutor(len(begins), multiprocessing.get_context("fork")) as pool:
-                futures = [
-                    pool.submit(_read_part, path, *bounds, layout)
-                    for bounds in zip(begins, ends, strict=True)
-                ]
-                others = _load_json(rest, _only_what_is_read)
-                columns = Columns.cat([future.result() for future in futures])
-    if not isinstance(others, dict) or others.get("annotations") != [] or rest.count(b'"annotations"') != 1:
+                parts = pool.map(_read_part, repeat(path), begins, ends, repeat(layout))
+                others = _read_others(text[:begin] + text[end:])
+                gathered = _Gathered(0)
+                for part in parts:
+                    gathered.add(part)
+                return others, gathered.columns()
+
+
+def _read_others(text: bytes) -> dict[str, Any]:
+    """The json around the annotations, which are [] in this text; of records only what is read anywhere."""
+    if text.count(b'"annotations"') != 1:
         raise Irregular
-    return others, columns
+    # An image's addresses and dates take more memory than all that is read of it.
+    others = _load_json(text, lambda record: {key: record[key] for key in record if key in _KEYS_READ})
+    if not isinstance(others, dict) or others.get("annotations") != []:
+        raise Irregular
+    return others
 
 
 def _end_of_records(text: mmap.mmap, begin: int) -> int:
@@ -352,11 +341,6 @@ def _load_json(text: bytes, object_hook: Callable[[dict[str, Any]], Any] | None 
         return json.loads(text, object_hook=object_hook)
     except (ValueError, RecursionError):
         raise Irregular from None
-
-
-def _only_what_is_read(record: dict[str, Any]) -> dict[str, Any]:
-    """An image's five addresses and dates take more memory than all that is read of it."""
-    return {key: record[key] for key in _KEYS_READ if key in record}
 
 
 def _learn_layout(text: bytes) -> _Layout:
@@ -396,17 +380,47 @@ def _learn_layout(text: bytes) -> _Layout:
 
 def _read_part(path: Path, begin: int, end: int, layout: _Layout) -> Columns:
     """The columns of the records from byte `begin` to byte `end` of the file."""
-    parts = []
+    gathered = _Gathered((end - begin) // len(layout.skeleton) + 1)
     usual_structures: set[bytes] = set()
     with open(path, "rb", buffering=0) as file:
         while begin < end:
             text = _read_whole_records(file, begin, end, layout.separator)
             try:
-                parts.append(_read_chunk(text, begin, layout, usual_structures))
+                gathered.add(_read_chunk(text, begin, layout, usual_structures))
             except Irregular:
-                parts.append(_read_chunk_plainly(text, layout))
+                gathered.add(_read_chunk_plainly(text, layout))
             begin += len(text) + len(layout.between)
-    return Columns.cat(parts)
+    return gathered.columns()
+
+
+class _Gathered:
+    """Columns that grow without leaving holes in the heap: room for all records, of which only what is used is real."""
+
+    def __init__(self, most_records: int) -> None:
+        self.most_records, self.size, self.texts_size = most_records, 0, 0
+        self.arrays: dict[str, np.ndarray] = {}
+        self.texts: list[bytes] = []
+        self.findings: list[Finding] = []
+
+    def add(self, part: Columns) -> None:
+        part.places[part.places < 0] -= self.texts_size
+        start, self.size = self.size, self.size + len(part.ids)
+        for name, values in vars(part).items():
+            if isinstance(values, np.ndarray):
+                array = self.arrays.get(name)
+                if array is None or self.size > len(array):
+                    grown = np.empty((max(self.most_records, 2 * self.size), *values.shape[1:]), values.dtype)
+                    if array is not None:
+                        grown[:start] = array[:start]
+                    self.arrays[name] = array = grown
+                array[start : self.size] = values
+        self.texts.append(part.texts)
+        self.texts_size += len(part.texts)
+        self.findings += part.findings
+
+    def columns(self) -> Columns:
+        arrays = {name: array[: self.size] for name, array in self.arrays.items()}
+        return Columns(**arrays, texts=b"".join(self.texts), findings=self.findings)
 
 
 def _read_whole_records(file: FileIO, begin: int, end: int, separator: bytes) -> bytes:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from group_by_aspect_ratio import GroupedBatchSampler, create_aspect_ratio_groups
+from group_by_aspect_ratio import GroupedBatchSampler, create_aspect_ratio_groups, evaluation_batches
 
 
 def batches_of(sampler):
@@ -104,3 +104,21 @@ def test_too_few_images_are_refused_with_the_numbers():
         GroupedBatchSampler([0], 0)
     with pytest.raises(ValueError, match="rank 2 of 2"):
         GroupedBatchSampler([0], 1, rank=2, num_ranks=2)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_an_evaluation_sees_every_image_once_in_the_same_batches(num_ranks):
+    rng = np.random.default_rng(3)
+    sizes = [tuple(size) for size in rng.integers(1, 5, (23, 2)).tolist()]
+    alone = evaluation_batches(sizes, 4)
+    ranks = [evaluation_batches(sizes, 4, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
+    assert sorted(map(tuple, alone)) == sorted(tuple(batch) for batches in ranks for batch in batches)
+    assert sorted(index for batch in alone for index in batch) == list(range(23))
+    assert [len(batch) for batch in alone] == [4, 4, 4, 4, 4, 3]
+    ratios = [sizes[index][1] / sizes[index][0] for batch in alone for index in batch]
+    assert ratios == sorted(ratios)
+
+
+def test_an_evaluation_of_fewer_images_than_ranks():
+    assert [evaluation_batches([(2, 2)], 4, rank=rank, num_ranks=3) for rank in range(3)] == [[[0]], [], []]
+    assert evaluation_batches([], 4) == []
