@@ -31,6 +31,7 @@ from benchmark_report import Report, between, number, ratio, spread, times
 from instruments import attainable_seconds, largest, total_flops
 from utils import UserError
 
+TRAIN_ARMS = (*VARIANTS, "torchvision", "torchvision-amp", "detectron2")
 TIMED_PRODUCTS = 6  # of the forward pass, and as many of the backward pass: the dominant ones
 DATA_STAGES = {
     "target": "decode, mirror, targets",
@@ -44,17 +45,12 @@ GPU_WARMUP, GPU_ROUNDS, GPU_STEPS = 30, 3, 40
 # --- what is measured on ----------------------------------------------------------------------------------
 
 
-def data_set(args, folder, num_images, **options):
-    """(image folder, annotation file) of --data-path, or of made-up images in the folder.
-
-    options: see benchmark_data.write_fake_coco.
-    """
-    if args.data_path is not None:
-        return coco_utils.dataset_paths(args.data_path)["train"]
-    root = folder / f"fake{len(list(folder.iterdir()))}"
-    return coco_utils.dataset_paths(
-        benchmark_data.write_fake_coco(root, num_images, seed=args.seed, **options)
-    )["train"]
+def data_set(args, folder, num_images):
+    """(image folder, annotation file) of --data-path, or of so many made-up images in the folder."""
+    root = args.data_path
+    if root is None:
+        root = benchmark_data.write_fake_coco(folder / "fake", num_images, seed=args.seed)
+    return coco_utils.dataset_paths(root)["train"]
 
 
 def workload(args, data, **changes):
@@ -88,7 +84,13 @@ def opponents(args, known):
 
 
 def train_arms(args):
-    """The arms that `train` runs where --arms does not name them."""
+    """The arms of `train`: those of --arms, or ours and the opponents'."""
+    if args.arms:
+        names = args.arms.split(",")
+        for name in names:
+            if name not in TRAIN_ARMS:
+                raise UserError(f"--arms {name}: choose from {', '.join(TRAIN_ARMS)}")
+        return names
     names = ["ours"]
     if utils.amp_dtype("auto", torch.device(args.device)) is not None:
         names.append("ours-fp32")
@@ -101,7 +103,7 @@ def train_arms(args):
 
 def run_train(args, report, folder):
     """One training step: its time against others', its losses, its parts and its ceiling."""
-    names = args.arms.split(",") if args.arms else train_arms(args)
+    names = train_arms(args)
     data = data_set(args, folder, args.batch_size * args.num_batches)
     work = workload(args, data, batch_size=args.batch_size, num_batches=args.num_batches)
     work = write_weights(args, work, folder / "weights.pth", checkpoint=args.checkpoint)
@@ -113,15 +115,14 @@ def run_train(args, report, folder):
         precision = arms.ask_all("precision")
         losses = arms.ask_all("trace", steps=1)
         arms.ask_all("turn", steps=args.warmup)
-        products = {
-            name: arms.ask(name, "products") for name in ("ours", "ours-fp32") if name in arms.running
-        }
+        products = {name: arms.ask(name, "products") for name in ("ours", "ours-fp32")}
+        products = {name: found for name, found in products.items() if found}
         turns = {name: ("turn", {"steps": args.steps}) for name in arms.running}
         if products:
             chosen = {name: largest(found, TIMED_PRODUCTS) for name, found in products.items()}
             arms.open("ceiling", "ceiling", work, products=chosen)
             turns["ceiling"] = ("turn", {})
-        rounds = arms.take_turns(args.rounds, lambda number: turns)
+        rounds = arms.take_turns(args.rounds, lambda n: turns)
         rates = rounds.pop("ceiling", [])
         arms.close("ceiling")
         memory = arms.ask_all("memory")
@@ -257,8 +258,8 @@ def measure_forward(args, report, folder, data, peers):
         for batch_size in args.batch_sizes:
             arms.ask_all("choose", batch_size=batch_size)
             arms.ask_all("forward", batches=args.warmup)
-            forward = arms.take_turns(args.rounds, arms.all_do("forward", batches=args.steps))
-            results = arms.take_turns(args.rounds, arms.all_do("results", batches=args.steps))
+            forward = arms.take_turns(args.rounds, lambda n: arms.all_do("forward", batches=args.steps))
+            results = arms.take_turns(args.rounds, lambda n: arms.all_do("results", batches=args.steps))
             breakdown = arms.ask_all("breakdown", batches=args.breakdown_steps)
             memory = arms.ask_all("memory")
             found = {"forward": forward, "results": results, "breakdown": breakdown, "memory": memory}
@@ -318,29 +319,31 @@ def measure_after_forward(args, report, folder, data, peers):
     with Arms(report) as arms:
         for name in ["ours", *peers]:
             arms.open("after", name, work)
-        encoding = arms.take_turns(
-            args.rounds, lambda n: arms.all_do("turn", first=n * count, count=count)(n)
-        )
+        encoding = arms.take_turns(args.rounds, lambda n: arms.all_do("turn", first=n * count, count=count))
         scoring = arms.ask_all("score")
         memory = arms.ask_all("memory")
     report.keep("after the forward pass", {"encoding": encoding, "scoring": scoring, "memory": memory})
-    total = {n: sum(t["seconds"] for t in encoding[n]) + scoring[n]["seconds"] for n in scoring}
-    rows = []
-    for name, score in scoring.items():
-        paste = sum(turn["seconds"] for turn in encoding[name])
-        held = memory[name]["host_mb"]
-        rows.append([name, paste, score["seconds"], total[name], total[name] / total["ours"], held])
-        rows[-1].append(held - memory[name]["base_mb"])
-    columns = [
-        "arm",
-        "paste, encode, collect s",
-        "score s",
-        "all s",
-        "÷ ours",
-        "peak MB",
-        "of it for this MB",
+    paste = {name: sum(turn["seconds"] for turn in encoding[name]) for name in scoring}
+    total = {name: paste[name] + scoring[name]["seconds"] for name in scoring}
+    own = {name: held["host_mb"] - held["base_mb"] for name, held in memory.items()}
+    rows = [
+        [
+            name,
+            paste[name],
+            scoring[name]["seconds"],
+            total[name],
+            total[name] / total["ours"],
+            memory[name]["host_mb"],
+            own[name],
+            own[name] / own["ours"],
+        ]
+        for name in memory
     ]
-    title = f"After the forward pass: {args.detections_images} images of 100 detections, one thread each"
+    columns = ["arm", "paste, encode, collect s", "score s", "all s", "÷ ours", "peak MB"]
+    columns += ["beyond the start MB", "÷ ours"]
+    title = (
+        f"After the forward pass: {args.detections_images} images of 100 detections, {args.threads} threads"
+    )
     report.table(title, columns, rows)
     if "torchvision" in scoring:
         mine, theirs = scoring["ours"]["metrics"], scoring["torchvision"]["metrics"]
@@ -364,7 +367,7 @@ def run_data(args, report, folder):
                 arms.open("data", name, work, stage=stage)
             arms.ask_all("turn", first=0, count=args.batch_size)
             rounds = arms.take_turns(
-                args.rounds, lambda n: arms.all_do("turn", first=n * args.images, count=args.images)(n)
+                args.rounds, lambda n: arms.all_do("turn", first=n * args.images, count=args.images)
             )
             measured[stage] = {"rounds": rounds, "memory": arms.ask_all("memory")}
         report.keep(stage, measured[stage])
@@ -400,15 +403,24 @@ def run_startup(args, report, folder):
         report.progress(f"round {number_of_round + 1} of {args.rounds}")
     report.keep("rounds", rounds)
     seconds = {name: [answer["seconds"] for answer in answers] for name, answers in rounds.items()}
-    rows = []
-    peaks = {name: max(answer["tree_mb"] for answer in answers) for name, answers in rounds.items()}
-    for name, answers in rounds.items():
-        own = spread(seconds[name])
-        imports = answers[0]["imports_mb"]
-        row = [name, own["median"], between(own), times(ratio(seconds[name], seconds["ours"])), peaks[name]]
-        rows.append([*row, peaks[name] / peaks["ours"], imports])
+    peak = {name: max(answer["tree_mb"] for answer in answers) for name, answers in rounds.items()}
+    own = {name: peak[name] - answers[0]["imports_mb"] for name, answers in rounds.items()}
+    rows = [
+        [
+            name,
+            statistics.median(seconds[name]),
+            between(spread(seconds[name])),
+            times(ratio(seconds[name], seconds["ours"])),
+            peak[name],
+            peak[name] / peak["ours"],
+            own[name],
+            own[name] / own["ours"],
+        ]
+        for name in rounds
+    ]
     columns = ["arm", "s to the first batch", "range", "time ÷ ours, rounds / medians", "peak MB", "÷ ours"]
-    report.table(f"Start-up with {args.images:,} images", [*columns, "of it imports MB"], rows)
+    columns += ["beyond imports MB", "÷ ours"]
+    report.table(f"Start-up with {args.images:,} images, in a fresh process after its imports", columns, rows)
     if args.watch_batches > 0:
         watch_workers(args, report, names, {**work, "workers": args.workers})
 
@@ -456,6 +468,11 @@ class GpuCase(NamedTuple):
 
     def __str__(self):
         return f"{self.arm}/{self.batch_size}/{self.images}{'/again' * self.again}"
+
+    @property
+    def is_traced(self):
+        """Whether the losses of its first steps are kept: ours and torchvision's on the same batches."""
+        return self.arm in ("ours", "torchvision") and self.batch_size == 2 and self.images == "fixed"
 
 
 # Most telling first: when the time is up, the rest is left out. The ladder is the ours-… arms at batch 16.
@@ -508,20 +525,21 @@ def run_gpu(args, report, folder):
         work = workload(args, data[case.images], weights=str(weights), batch_size=case.batch_size)
         work["num_batches"] = max(1, num_images // case.batch_size)
         work["workers"] = args.workers if case.images == "loader" else None
-        with Arms(report) as arms:
+        with Arms(report, essential=None) as arms:
+            report.progress(f"{case}: {left:.0f} s left")
             found = measure_case(args, arms, case, work, left / (len(cases) - place + 1))
             if found is None:
                 continue
             measured[str(case)] = found
             report.keep(str(case), found)
             if case.arm == "ours" and products is None:
-                products = {"ours": arms.ask("ours", "products")}
+                products = arms.ask("ours", "products")
     gpu_table(report, measured)
     trace_table(report, measured)
     part_table(report, "Where a step's time goes, ms (run apart from the above)", measured)
     if products:
         measure_ceiling(args, report, workload(args, data["fixed"]), products, measured)
-    measure_gpu_evaluation(args, report, {**workload(args, data["mixed"]), "weights": str(weights)}, cuda)
+    measure_gpu_evaluation(args, report, {**workload(args, data["mixed"]), "weights": str(weights)})
     report.keep("clocks after", gpu_state(cuda))
 
 
@@ -558,7 +576,8 @@ def measure_case(args, arms, case, work, seconds):
     begun = time.perf_counter()
     losses = ask("trace", steps=1)  # compiles, and chooses algorithms
     first_seconds = time.perf_counter() - begun
-    losses = losses and losses + ask("trace", steps=(1 if args.smoke else TRACE_STEPS) - 1)
+    if losses and case.is_traced:
+        losses += ask("trace", steps=2 if args.smoke else TRACE_STEPS - 1)
     trial = ask("turn", steps=1 if args.smoke else 3)
     if case.arm not in arms.running:
         return None
@@ -580,49 +599,56 @@ def measure_case(args, arms, case, work, seconds):
         "recompiles": ask("compiled_graphs") - graphs,
         "memory": ask("memory"),
         "syncs": ask("count_syncs") if args.device.startswith("cuda") else None,
-        "breakdown": ask("breakdown", steps=1 if args.smoke else 5),
+        # Hooks would be compiled too, again.
+        "breakdown": ask("breakdown", steps=1 if args.smoke else 5) if "compiled" not in case.arm else None,
     }
 
 
 def gpu_table(report, measured):
-    base = next((name for name in measured if name.startswith("torchvision") and "/2/" not in name), None)
+    """A row for each case; the last columns say what moved the throughput beside the code."""
+    peers = [name for name in measured if name.startswith("torchvision")]
+    base = next((name for name in peers if "/16/" in name), peers[0] if peers else None)
+    rates = {
+        name: [turn["images"] / turn["seconds"] for turn in found["rounds"]]
+        for name, found in measured.items()
+    }
     rows = []
     for name, found in measured.items():
-        own = spread([turn["seconds"] for turn in found["rounds"]])
-        rate = found["rounds"][0]["images"] / own["median"]
-        if name == base:
-            base_rate = rate
+        milliseconds = spread([1e3 * turn["seconds"] for turn in found["rounds"]])
+        parts = found["breakdown"] or {}
+        rate = statistics.median(rates[name])
         rows.append(
             [
                 f"{name} ({found['precision']})",
-                1e3 * own["median"],
-                between({key: 1e3 * own[key] for key in ("low", "high")}),
+                milliseconds["median"],
+                between(milliseconds),
                 rate,
-                rate / base_rate if base else None,
+                rate / statistics.median(rates[base]) if base else None,
                 found["first_step_seconds"],
                 found["recompiles"],
                 found["syncs"],
                 found["memory"].get("device_mb", found["memory"]["host_mb"]),
-                found["breakdown"]["padded_pixels"],
-                found["breakdown"]["positives"],
+                parts.get("padded_pixels"),
+                parts.get("positives"),
             ]
         )
-    columns = ["arm/batch/images", "ms/step", "range", "img/s", f"÷ {base}", "first step s", "recompiles"]
-    columns += ["syncs/step", "peak MB", "padded pixels/img", "positives/img"]
+    columns = ["arm/batch/images", "ms/step", "range", "img/s", f"÷ {base or 'torchvision'}", "first step s"]
+    columns += ["recompiles", "syncs/step", "peak MB", "padded pixels/img", "positives/img"]
     report.table("Training steps", columns, rows)
 
 
 def trace_table(report, measured):
-    """The sum of the losses at some of the first steps, of ours beside torchvision's at the same batch."""
-    traces = {name: found["trace"] for name, found in measured.items() if "/2/" in name}
+    """The sum of the losses at some of the first steps, of ours beside torchvision's."""
+    traces = {name: found["trace"] for name, found in measured.items() if len(found["trace"]) > 1}
     if not traces:
         return
     length = min(map(len, traces.values()))
-    steps = sorted({0, length // 2, length - 1})
-    rows = [[f"{step + 1}", *(sum(trace[step].values()) for trace in traces.values())] for step in steps]
-    report.table(
-        "Sum of the losses by step: the same weights and images, own random samples", ["step", *traces], rows
-    )
+    rows = [
+        [f"{step + 1}", *(sum(trace[step].values()) for trace in traces.values())]
+        for step in sorted({0, length // 2, length - 1})
+    ]
+    title = "Sum of the losses by step: the same weights and images, own random samples"
+    report.table(title, ["step", *traces], rows)
 
 
 def gpu_state(cuda):
@@ -637,7 +663,7 @@ def gpu_state(cuda):
 
 def measure_device(args, report, work):
     """The ceilings that any program has here: a large product, a large copy."""
-    with Arms(report) as arms:
+    with Arms(report, essential=None) as arms:
         arms.open("ceiling", "ceiling", work, products={})
         side, megabytes = (256, 8) if args.smoke else (8192, 2048)
         found = arms.ask("ceiling", "device_ceilings", side=side, megabytes=megabytes)
@@ -651,24 +677,22 @@ def measure_device(args, report, work):
 def measure_ceiling(args, report, work, products, measured):
     """The share of the ceiling that our first measured case reaches."""
     case, found = next((name, found) for name, found in measured.items() if name.startswith("ours/"))
-    chosen = {"ours": largest(products["ours"], TIMED_PRODUCTS)}
+    chosen = largest(products, TIMED_PRODUCTS)
     with Arms(report) as arms:
-        arms.open("ceiling", "ceiling", work, products=chosen)
-        rates = arms.take_turns(GPU_ROUNDS, arms.all_do("turn")).get("ceiling")
+        arms.open("ceiling", "ceiling", work, products={case: chosen})
+        rates = arms.take_turns(GPU_ROUNDS, lambda n: arms.all_do("turn")).get("ceiling")
     if rates:
-        ceilings = {
-            case: ceiling(products["ours"], chosen["ours"], [{case: turn["ours"]} for turn in rates], case)
-        }
+        ceilings = {case: ceiling(products, chosen, rates, case)}
         report.keep("ceilings", ceilings)
         ceiling_table(report, ceilings, {case: found})
 
 
-def measure_gpu_evaluation(args, report, work, cuda):
+def measure_gpu_evaluation(args, report, work):
     """Images to COCO results, 128 of them."""
     batch_size, num_batches = (1, 2) if args.smoke else (8, 16)
     measured = {}
     for name in ("ours", "torchvision"):
-        with Arms(report) as arms:
+        with Arms(report, essential=None) as arms:
             arms.open("eval", name, {**work, "num_batches": num_batches})
             arms.ask(name, "choose", batch_size=batch_size)
             arms.ask(name, "results", batches=1)
@@ -719,9 +743,7 @@ def parse_args(argv=None):
     train = commands.add_parser("train", parents=[common], help="one training step")
     train.add_argument("-b", "--batch-size", type=int, default=2, help="images a step (default: 2)")
     train.add_argument("--steps", type=int, default=1, help="steps a turn (default: 1)")
-    train.add_argument(
-        "--arms", help=f"exactly these, comma-separated: {', '.join(VARIANTS)}, torchvision, detectron2"
-    )
+    train.add_argument("--arms", help=f"exactly these, comma-separated, instead: {', '.join(TRAIN_ARMS)}")
     train.add_argument(
         "--with-loader", action="store_true", help="batches from a real loader, not from memory"
     )

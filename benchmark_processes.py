@@ -68,10 +68,13 @@ class Arm:
 
 
 class Arms:
-    """The arms of one comparison. A peer that fails is noted in the report and left out; the others go on."""
+    """The arms of one comparison. One that fails is noted in the report and left out; the others go on.
 
-    def __init__(self, report):
-        self.report, self.running = report, {}
+    essential: the arm without which nothing can be compared; its failure is raised.
+    """
+
+    def __init__(self, report, essential="ours"):
+        self.report, self.essential, self.running = report, essential, {}
 
     def __enter__(self):
         return self
@@ -95,7 +98,7 @@ class Arms:
             yield
         except ArmError as error:
             self.close(name)
-            if name == "ours":  # what the others are compared with
+            if name == self.essential:
                 raise
             self.report.note(str(error))
             self.report.complete &= isinstance(error, Unavailable)
@@ -128,7 +131,7 @@ class Arms:
 
     def all_do(self, call, **arguments):
         """The same turn for all that run, as take_turns wants it."""
-        return lambda number: dict.fromkeys(self.running, (call, arguments))
+        return dict.fromkeys(self.running, (call, arguments))
 
 
 def rotated(items, by):

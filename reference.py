@@ -190,7 +190,7 @@ def _paste_objects(image, target, other_image, other):
     masks = torch.cat([covered[left], masks[pasted]])
     labels = torch.cat([target["labels"][left], labels[pasted]])
     boxes = masks_to_boxes(masks)
-    keep = (boxes[:, 2:] - boxes[:, :2]).gt(1).all(dim=1)
+    keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
     return image, {
         "boxes": boxes[keep],
         "labels": labels[keep],
