@@ -173,16 +173,14 @@ def _build_index(path: Path, content: Any, columns: Columns | None) -> CocoIndex
         columns = read_records(content["annotations"], len(keypoint_names))
     elif columns.keypoints.shape[1] not in (0, 3 * len(keypoint_names)):
         raise Irregular
-    image_ids = np.array([image.id for image in images], np.int64)
     category_ids = np.array([category["id"] for category in categories], np.int64)
-    for ids, name in ((image_ids, "image"), (category_ids, "category"), (columns.ids, "annotation")):
+    for ids, name in ((images.ids, "image"), (category_ids, "category"), (columns.ids, "annotation")):
         values, counts = np.unique(ids, return_counts=True)
         for value, count in zip(values[counts > 1].tolist(), counts[counts > 1].tolist(), strict=True):
             action = f"give every {name} an id of its own"
             findings.append(Finding("error", f"{name} {value}", f"occurs {count} times", action))
-    sizes = np.array([(image.height, image.width) for image in images], np.int64).reshape(-1, 2)
     findings += columns.findings
-    image_of, boxes, keep = _resolve(columns, image_ids, category_ids, sizes, findings, content)
+    image_of, boxes, keep = _resolve(columns, images, category_ids, findings, content)
     order = keep[np.argsort(image_of[keep], kind="stable")]
     num_keypoints = len(keypoint_names)
     return CocoIndex(
@@ -190,10 +188,10 @@ def _build_index(path: Path, content: Any, columns: Columns | None) -> CocoIndex
         category_ids=category_ids,
         classes=[category["name"] for category in categories],
         keypoint_names=keypoint_names,
-        image_ids=image_ids,
-        sizes=sizes,
-        file_names=Texts([image.file_name.encode("utf-8", "surrogatepass") for image in images]),
-        first=np.searchsorted(image_of[order], np.arange(len(images) + 1)),
+        image_ids=images.ids,
+        sizes=images.sizes,
+        file_names=Texts([name.encode("utf-8", "surrogatepass") for name in images.file_names]),
+        first=np.searchsorted(image_of[order], np.arange(len(images.ids) + 1)),
         annotation_ids=columns.ids[order],
         labels=np.searchsorted(category_ids, columns.category_ids[order]) + 1,
         boxes=boxes[order],
@@ -208,19 +206,16 @@ def _build_index(path: Path, content: Any, columns: Columns | None) -> CocoIndex
 
 def _resolve(
     columns: Columns,
-    image_ids: np.ndarray,
+    images: _Images,
     category_ids: np.ndarray,
-    sizes: np.ndarray,
     findings: list[Finding],
     content: dict[str, Any],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(image of each record or -1, boxes xyxy clipped to it, records to keep); adds the findings."""
-    image_of = _find(image_ids, columns.image_ids)
+    image_of = _find(images.ids, columns.image_ids)
     listed = image_of >= 0
     known = _find(category_ids, columns.category_ids) >= 0
-    sizes = np.concatenate(
-        [sizes, [[0, 0]]]
-    )  # the last one is that of a record without an image, numbered -1
+    sizes = np.concatenate([images.sizes, [[0, 0]]])  # the last for records without an image, numbered -1
     boxes = np.empty((len(image_of), 4), np.float32)
     for axis in (0, 1):  # one coordinate at a time, to hold less memory at once
         low, limit = columns.boxes[:, axis], sizes[:, 1 - axis][image_of]
@@ -317,15 +312,40 @@ def _common_keypoints(categories: list[dict[str, Any]], findings: list[Finding])
     return with_keypoints[0]["keypoints"] if with_keypoints else []
 
 
-class _Image(NamedTuple):
-    id: int
-    height: int
-    width: int
-    file_name: str
+class _Images(NamedTuple):
+    ids: np.ndarray  # int64 [I]
+    sizes: np.ndarray  # int64 [I, 2] height, width
+    file_names: list[str]  # [I]
 
 
-def _read_images(records: list[Any], findings: list[Finding]) -> list[_Image]:
-    images = []
+def _read_images(records: list[Any], findings: list[Finding]) -> _Images:
+    """The usable images, in the file's order."""
+    return _read_faultless_images(records) or _read_images_one_by_one(records, findings)
+
+
+def _read_faultless_images(records: list[Any]) -> _Images | None:
+    """All images at once, which takes a fifth of the time; None if one may be at fault."""
+    try:
+        keys = ("id", "height", "width", "file_name")
+        ids, heights, widths, names = ([record[key] for record in records] for key in keys)
+        numbers = np.array([ids, heights, widths], np.int64)
+        listing = "\n".join(["", *names, ""])
+    except (KeyError, TypeError, IndexError, OverflowError, ValueError):
+        return None
+    if set(map(type, ids)) | set(map(type, heights)) | set(map(type, widths)) != {int}:
+        return None
+    sizes = numbers[1:].T.copy()
+    if sizes.min() < 1 or sizes.prod(axis=1, dtype=np.float64).max() > masks.MAX_PIXELS:
+        return None
+    suspicious = ("..", ":", "\\", "\0", "\n\n", "\n/")
+    if listing.count("\n") != len(names) + 1 or any(text in listing for text in suspicious):
+        return None
+    return _Images(numbers[0], sizes, names)
+
+
+def _read_images_one_by_one(records: list[Any], findings: list[Finding]) -> _Images:
+    """The images without an error; findings for the others."""
+    ids, sizes, names = [], [], []
     for record in with_integer_ids(records, "image", findings):
         subject = f"image {record['id']}"
         height, width, file_name = record.get("height"), record.get("width"), record.get("file_name")
@@ -333,18 +353,19 @@ def _read_images(records: list[Any], findings: list[Finding]) -> list[_Image]:
             what = f"has height {height!r:.40} and width {width!r:.40}"
             findings.append(Finding("error", subject, what, "give both as whole pixels"))
         elif height < 1 or width < 1 or height * width > masks.MAX_PIXELS:
+            what = f"has {height}×{width} pixels (height × width)"
             action = f"an image must have at least one and at most {masks.MAX_PIXELS:,} pixels"
-            findings.append(
-                Finding("error", subject, f"has {height}×{width} pixels (height × width)", action)
-            )
+            findings.append(Finding("error", subject, what, action))
         elif not isinstance(file_name, str) or not file_name or "\0" in file_name:
             findings.append(Finding("error", subject, f"has file_name {file_name!r:.40}", "name its file"))
         elif _leaves_folder(file_name):
             action = "file names are relative to the image folder and stay inside it"
             findings.append(Finding("error", subject, f"has file_name {file_name!r:.80}", action))
         else:
-            images.append(_Image(record["id"], height, width, file_name))
-    return images
+            ids.append(record["id"])
+            sizes.append((height, width))
+            names.append(file_name)
+    return _Images(np.array(ids, np.int64), np.array(sizes, np.int64).reshape(-1, 2), names)
 
 
 def _leaves_folder(file_name: str) -> bool:

@@ -93,7 +93,7 @@ def find_faults(folder: str | Path, file_names: Sequence[str]) -> tuple[list[str
     root = os.path.realpath(folder)
     by_parent: dict[str, list[str]] = {}
     for name in file_names:
-        by_parent.setdefault(os.path.dirname(name), []).append(name)
+        by_parent.setdefault(os.path.dirname(name) if "/" in name else "", []).append(name)
     missing, escaping = set(), set()
     for parent, names in by_parent.items():
         place = os.path.join(root, parent)
