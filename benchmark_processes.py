@@ -126,6 +126,7 @@ class Arms:
         for number in range(rounds):
             for name, (call, arguments) in rotated(list(calls(number).items()), number):
                 answers.setdefault(name, []).append(self.ask(name, call, **arguments))
+                self.report.keep("latest rounds", answers)
             self.report.progress(f"round {number + 1} of {rounds}")
         return {name: answer for name, answer in answers.items() if name in self.running}
 
