@@ -89,7 +89,12 @@ class Memory:
     """The same few batches again and again."""
 
     def __init__(self, batches):
-        self.endless = itertools.cycle(batches)
+        self.batches = batches
+        self.rewind()
+
+    def rewind(self):
+        """Begin with the first batch again."""
+        self.endless = itertools.cycle(self.batches)
 
     def take(self, count):
         return itertools.islice(self.endless, count)
@@ -99,13 +104,18 @@ class Loader:
     """A real loader; between two turns its pipeline is empty, so that nobody works outside of its turn."""
 
     def __init__(self, dataset, keys, collate, **options):
-        self.keys, self.turn = itertools.cycle(keys), []
+        self.keys, self.turn = keys, []
+        self.rewind()
         self.loader = DataLoader(
             dataset, batch_sampler=self.turn, collate_fn=collate, generator=torch.Generator(), **options
         )
 
+    def rewind(self):
+        """Begin with the first batch again."""
+        self.endless = itertools.cycle(self.keys)
+
     def take(self, count):
-        self.turn[:] = itertools.islice(self.keys, count)
+        self.turn[:] = itertools.islice(self.endless, count)
         return self.loader
 
 
@@ -154,6 +164,7 @@ class Trainer:
     def breakdown(self, steps):
         """{"seconds": {part of a step: seconds}, "padded_pixels", "positives" (an image)}, over steps run slower."""
         timer = StepTimer(self.device)
+        self.source.rewind()  # to count the same batches in every arm
         with Probe(self.model, timer.mark) as probe, self.timed(timer.mark):
             self.steps(Feed(self.source.take(steps), steps, timer.mark))
         return {"seconds": {name: s / steps for name, s in timer.seconds.items()}, **probe.counts()}
