@@ -111,13 +111,15 @@ def train_one_epoch(
     print_freq=20,
     on_log=lambda record: None,
     should_stop=lambda: False,
+    mark=lambda name: None,
 ):
     """Train until the loader or total_steps ends; one step is one optimizer update over accum_steps batches.
 
     state: TrainState, moved on in place. loader: yields (images, targets) lists of one epoch; a whole epoch has
     len(loader.batch_sampler) batches, and the loader starts at batch state.batch of it. on_log gets a record
     every print_freq steps: {"step", "epoch", "losses", "lr", "grad_norm", "images_per_second", "data_seconds",
-    "memory_mb"}.
+    "memory_mb"}. mark is told when a part of a step is over: "data", "backward", and "optimizer" at its end; what lies
+    between the first two, hooks on the model can tell apart.
     Returns the epoch's mean losses and images per second: {"losses", "lr", "images_per_second"}.
     Raises NonFiniteLossError, or Stopped at the first step's boundary after should_stop() is true.
     """
@@ -157,6 +159,7 @@ def train_one_epoch(
 
     for images, targets in loader:
         data_seconds += time.perf_counter() - waited
+        mark("data")
         image_ids = [target["image_id"] for target in targets]
         images, targets = to_device(images, targets, device)
         window_start = state.batch - state.batch % accum_steps
@@ -169,6 +172,7 @@ def train_one_epoch(
                 losses = model(images, targets)
             loss = sum(losses.values()) / window_size
             state.scaler.scale(loss).backward()
+        mark("backward")
         window.add(losses, image_ids, state.step)
         state.batch += 1
         num_images += len(images)
@@ -186,6 +190,7 @@ def train_one_epoch(
             state.optimizer.zero_grad(set_to_none=True)
             state.ema.update()
             state.step += 1
+            mark("optimizer")
             finished = state.step == total_steps
             stop = should_stop()
             if state.step % print_freq == 0 or finished or stop or state.batch == end:
