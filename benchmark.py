@@ -39,6 +39,7 @@ DATA_STAGES = {
     "lsj": "large-scale jitter",
     "copypaste": "large-scale jitter, copy-paste",
 }
+COMPILED = ("ours-compiled", "ours-graphs")
 GPU_WARMUP, GPU_ROUNDS, GPU_STEPS = 30, 3, 40
 
 
@@ -484,6 +485,8 @@ GPU_CASES = (
     GpuCase("torchvision", 2, "fixed"),
     GpuCase("ours", 12, "loader"),
     GpuCase("ours-compiled", 16, "fixed"),
+    GpuCase("ours-graphs", 2, "fixed"),
+    GpuCase("ours-graphs", 16, "fixed"),
     GpuCase("ours-dense-rpn", 16, "fixed"),
     GpuCase("ours-folded", 16, "fixed"),
     GpuCase("ours-reference-ops", 16, "fixed"),
@@ -600,7 +603,7 @@ def measure_case(args, arms, case, work, seconds):
         "memory": ask("memory"),
         "syncs": ask("count_syncs") if args.device.startswith("cuda") else None,
         # Hooks would be compiled too, again.
-        "breakdown": ask("breakdown", steps=1 if args.smoke else 5) if "compiled" not in case.arm else None,
+        "breakdown": None if case.arm in COMPILED else ask("breakdown", steps=1 if args.smoke else 5),
     }
 
 

@@ -27,6 +27,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 import benchmark_data
 import coco_eval
 import coco_utils
+import compilation
 import engine
 import models
 import optim
@@ -57,7 +58,8 @@ VARIANTS = {
     "ours-reference-ops": {"reference_ops": True},
     "ours-folded": {"reference_ops": True, "fold": True},
     "ours-dense-rpn": {"sparse_rpn": False},
-    "ours-compiled": {"compile": True},
+    "ours-compiled": {"compile": "default"},
+    "ours-graphs": {"compile": "reduce-overhead"},
 }
 
 
@@ -203,15 +205,14 @@ class Trainer:
         return (count(3) - count(1)) / 2
 
     def compiled_graphs(self):
-        """Graphs that torch.compile has made so far in this process."""
-        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        return compilation.num_graphs()
 
 
 class OurTrainer(Trainer):
     """engine.train_one_epoch itself, with the model and optimizer that train.py would build."""
 
     def build(self):
-        options = {"amp": True, "reference_ops": False, "fold": False, "sparse_rpn": True, "compile": False}
+        options = {"amp": True, "reference_ops": False, "fold": False, "sparse_rpn": True, "compile": None}
         self.options = SimpleNamespace(**{**options, **VARIANTS[self.arm]})
         model = build_ours(self.workload, self.dataset, self.eps, self.options.reference_ops)
         model.load_state_dict(self.state_dict)
@@ -221,7 +222,7 @@ class OurTrainer(Trainer):
             model.rpn.sparse_backward = False
         model.to(self.device, memory_format=torch.channels_last)
         if self.options.compile:
-            model.backbone.compile(dynamic=True)
+            compilation.compile_regions(model, mode=self.options.compile)
         self.amp_dtype = utils.amp_dtype("auto", self.device) if self.options.amp else None
         self.model = model
         self.optimizer = optim.build_optimizer("sgd", optim.parameter_groups(model, 1e-4), self.lr, 0.9)
