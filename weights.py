@@ -103,7 +103,7 @@ class Report:
 def load_weights(model, source, *, classes=None, category_ids=None):
     """Put a detector's weights into `model`.
 
-    source: str or Path, a file or the name of torchvision weights (or the enum member itself).
+    source: str or Path, a file or the name of torchvision weights; the enum member itself; what `read` gave.
     classes, category_ids: names and json ids of labels 1..K. Heads of other classes than these are mapped row
         by row where each label has its like in the file: the same category id, and the same name where both
         sides name it. A file of 91 rows that names no classes is taken for COCO. Otherwise the heads stay as
@@ -269,7 +269,7 @@ def classifier_name(key, backbone, own, prefix):
             name = f"features.1.0.{rest.removeprefix('block.')}"
     else:
         name = key
-    for candidate in (name, name.removeprefix("features.")):
+    for candidate in (name, name.removeprefix("features."), name.removeprefix("trunk_output.")):
         module = f"{prefix}{candidate.split('.')[0]}."
         if any(ours.startswith(module) for ours in own):
             return prefix + candidate
@@ -468,17 +468,27 @@ def scaled_to(transform, weight, std, source):
 
 @dataclass
 class WeightsFile:
-    """state: {name: CPU tensor}; classes: {row of the heads: (category id, name)}; author: a .pkl's __author__."""
+    """One file, read.
+
+    state: {name: CPU tensor}; classes: {row of the heads: (category id, name)}; norm_type, norm_eps: of the backbone,
+    None for unknown (see models.describe_norm); author: a .pkl's __author__.
+    """
 
     source: str
     state: dict
     classes: dict | None = None
     norm_eps: float | None = None
+    norm_type: str | None = None
     author: str | None = None
 
 
 def read(source):
-    """Read a source (see the top) into a WeightsFile. Raises UserError if it is missing, damaged or refused."""
+    """Read a source (see the top) into a WeightsFile; one comes back as it is.
+
+    Raises UserError if it is missing, damaged or refused.
+    """
+    if isinstance(source, WeightsFile):
+        return source
     if isinstance(source, WeightsEnum):
         return read_torchvision(source)
     path = Path(source)
@@ -559,7 +569,7 @@ def read_torch(path):
     if isinstance(classes, list) and isinstance(category_ids, list):
         file.classes = dict(enumerate(zip(category_ids, classes, strict=False), start=1))
     if isinstance(norm, dict):
-        file.norm_eps = norm.get("eps")
+        file.norm_type, file.norm_eps = norm.get("type"), norm.get("eps")
     elif state is not None:
         file.norm_eps = eps_of_reference(content.get("args"))
     elif file_hash(path).startswith(tuple(published_hash(member) for member in WITHOUT_EPS)):
