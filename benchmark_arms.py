@@ -24,10 +24,9 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-import benchmark_data
+import benchmark_fake_data
 import coco_eval
 import coco_utils
-import compilation
 import engine
 import models
 import optim
@@ -35,6 +34,7 @@ import rcnn
 import reference
 import train
 import utils
+from benchmark_accuracy import TorchvisionRun
 from benchmark_models import Workload, build_ours, build_torchvision, load_weights, write_weights
 from group_by_aspect_ratio import GroupedBatchSampler, create_aspect_ratio_groups, evaluation_batches
 from instruments import (
@@ -56,10 +56,10 @@ VARIANTS = {
     "ours": {},
     "ours-fp32": {"amp": False},
     "ours-reference-ops": {"reference_ops": True},
+    "ours-reference-ops-fp32": {"reference_ops": True, "amp": False},
     "ours-folded": {"reference_ops": True, "fold": True},
     "ours-dense-rpn": {"sparse_rpn": False},
-    "ours-compiled": {"compile": "default"},
-    "ours-graphs": {"compile": "reduce-overhead"},
+    "ours-compiled": {"compile": True},
 }
 
 
@@ -172,7 +172,7 @@ class Trainer:
         return {"seconds": {name: s / steps for name, s in timer.seconds.items()}, **probe.counts()}
 
     def products(self):
-        """All products of one step; see ceilings.ProductRecorder."""
+        """All products of one step; see instruments.ProductRecorder."""
         recorder = ProductRecorder()
 
         def enter(phase):
@@ -205,14 +205,15 @@ class Trainer:
         return (count(3) - count(1)) / 2
 
     def compiled_graphs(self):
-        return compilation.num_graphs()
+        """Graphs that torch.compile has made so far in this process."""
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 class OurTrainer(Trainer):
     """engine.train_one_epoch itself, with the model and optimizer that train.py would build."""
 
     def build(self):
-        options = {"amp": True, "reference_ops": False, "fold": False, "sparse_rpn": True, "compile": None}
+        options = {"amp": True, "reference_ops": False, "fold": False, "sparse_rpn": True, "compile": False}
         self.options = SimpleNamespace(**{**options, **VARIANTS[self.arm]})
         model = build_ours(self.workload, self.dataset, self.eps, self.options.reference_ops)
         model.load_state_dict(self.state_dict)
@@ -222,7 +223,7 @@ class OurTrainer(Trainer):
             model.rpn.sparse_backward = False
         model.to(self.device, memory_format=torch.channels_last)
         if self.options.compile:
-            compilation.compile_regions(model, mode=self.options.compile)
+            model.backbone.compile(dynamic=True)
         self.amp_dtype = utils.amp_dtype("auto", self.device) if self.options.amp else None
         self.model = model
         self.optimizer = optim.build_optimizer("sgd", optim.parameter_groups(model, 1e-4), self.lr, 0.9)
@@ -374,7 +375,7 @@ def trainer(arm, workload):
 
 
 class CeilingArm:
-    """Times the largest products of other arms' steps on their own. products: {arm: list}, see ceilings.largest."""
+    """Times the largest products of other arms' steps on their own. products: {arm: list}, see instruments.largest."""
 
     def __init__(self, arm, workload, products):
         torch.set_num_threads(workload.threads)
@@ -394,7 +395,7 @@ class CeilingArm:
 
 
 class Evaluator:
-    """An arm of `benchmark.py eval`: forward passes, and whole evaluations. Arms: ours, ours-fp32, torchvision."""
+    """An arm of `benchmark.py eval`: forward passes, and whole evaluations. Arms: ours…, torchvision."""
 
     def __init__(self, arm, workload):
         torch.set_num_threads(workload.threads)
@@ -402,8 +403,11 @@ class Evaluator:
         self.dataset = workload.dataset()
         state, eps = load_weights(workload)
         self.is_ours = arm in VARIANTS
-        build = build_ours if self.is_ours else build_torchvision
-        self.model = build(workload, self.dataset, eps)
+        if self.is_ours:
+            reference_ops = VARIANTS[arm].get("reference_ops", False)
+            self.model = build_ours(workload, self.dataset, eps, reference_ops)
+        else:
+            self.model = build_torchvision(workload, self.dataset, eps)
         self.model.load_state_dict(state)
         layout = torch.channels_last if self.is_ours else torch.preserve_format
         self.model.to(self.device, memory_format=layout).eval()
@@ -513,7 +517,7 @@ class AfterForward:
         """The detections in one image, as a model's output: the same in all arms."""
         index = self.index
         objects = slice(index.first[number], index.first[number + 1])
-        detections = benchmark_data.made_up_detections(
+        detections = benchmark_fake_data.made_up_detections(
             np.random.default_rng((self.workload.seed, number)),
             index.boxes[objects],
             index.labels[objects],
@@ -684,12 +688,13 @@ KINDS = {
     "after": AfterForward,
     "data": DataArm,
     "startup": StartupArm,
+    "accuracy": TorchvisionRun,
 }
 
 
 def start(kind, arm, workload, **settings):
-    if arm in VARIANTS or kind == "ceiling":
-        utils.keep_freed_memory()  # as train.py does; the others have their users' allocator
+    if arm in VARIANTS or kind in ("ceiling", "accuracy"):
+        utils.keep_freed_memory()  # as train.py does; the others, where they are timed, have their users' allocator
     return KINDS[kind](arm=arm, workload=Workload(**workload), **settings)
 
 

@@ -10,6 +10,7 @@ Letters: N objects of an image, D detections of an image.
 import contextlib
 import copy
 import io
+import itertools
 import math
 
 import numpy as np
@@ -19,6 +20,8 @@ from PIL import Image
 from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import functional as pictures
@@ -79,7 +82,8 @@ def frames(segmentations, height, width):
     """Full-frame masks, uint8 [N, height, width], of COCO polygons or RLEs."""
     masks = []
     for segmentation in segmentations:
-        rles = mask_api.frPyObjects(segmentation, height, width)
+        is_compressed = isinstance(segmentation, dict) and not isinstance(segmentation["counts"], list)
+        rles = segmentation if is_compressed else mask_api.frPyObjects(segmentation, height, width)
         mask = mask_api.decode(rles)
         if mask.ndim < 3:
             mask = mask[..., None]
@@ -203,6 +207,26 @@ def collate(samples):
     return tuple(zip(*samples, strict=True))
 
 
+def shuffled_batches(groups, batch_size):
+    """One epoch of batches of images of the same group, in a random order from torch's generator.
+
+    groups: group number of each image. Returns len(groups) // batch_size lists of positions: a batch begins when its
+    group has enough images; what is left at the end is filled up with images of its group that were there before.
+    """
+    batches, waiting, seen = [], {}, {}
+    for position in torch.randperm(len(groups)).tolist():
+        group = int(groups[position])
+        waiting.setdefault(group, []).append(position)
+        seen.setdefault(group, []).append(position)
+        if len(waiting[group]) == batch_size:
+            batches.append(waiting.pop(group))
+    for group in sorted(waiting, key=lambda group: -len(waiting[group])):
+        if len(batches) < len(groups) // batch_size:
+            again = itertools.cycle(seen[group])
+            batches.append(list(itertools.islice(itertools.chain(waiting[group], again), batch_size)))
+    return batches
+
+
 def to_reference(image, target):
     """One of our samples as the reference's loader would give it: a float image and full-frame masks."""
     boxes = target["boxes"]
@@ -221,6 +245,17 @@ def to_reference(image, target):
 
 
 # --- training -------------------------------------------------------------------------------------------
+
+
+def build_mask_rcnn(backbone, num_classes, min_size, max_size, rois_per_image=512):
+    """torchvision's Mask R-CNN on a ResNet and FPN that train from scratch: every stage, with live batch norms.
+
+    backbone: a ResNet builder's name. num_classes: K + 1. min_size, max_size: pixels.
+    """
+    norm = torch.nn.BatchNorm2d
+    body = resnet_fpn_backbone(backbone_name=backbone, weights=None, norm_layer=norm, trainable_layers=5)
+    sizes = {"min_size": min_size, "max_size": max_size}
+    return MaskRCNN(body, num_classes, **sizes, box_batch_size_per_image=rois_per_image)
 
 
 def to_device(images, targets, device):
@@ -334,6 +369,14 @@ def mask_results(predictions):
             for label, rle, score in zip(labels, rles, scores, strict=True)
         ]
     return results
+
+
+def coco_results(predictions):
+    """One batch's COCO results, boxes and masks in one record each."""
+    return [
+        {**box, "segmentation": mask["segmentation"]}
+        for box, mask in zip(box_results(predictions), mask_results(predictions), strict=True)
+    ]
 
 
 def paste(detections, height, width):

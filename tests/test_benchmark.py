@@ -14,11 +14,14 @@ from torchvision.models import get_model
 
 import benchmark
 import benchmark_arms
-import benchmark_data
+import benchmark_fake_data
+import benchmark_gpu
+import benchmark_train
 import engine
 import instruments
 import models
 import reference
+from benchmark_data import DATA_STAGES
 from benchmark_models import Workload, build_ours, build_torchvision, load_weights, write_weights
 from benchmark_processes import Arm, ArmError, Arms, TreeMemory, Unavailable, rotated
 from benchmark_report import between, format_markdown, format_table, number, ratio, spread, times
@@ -34,7 +37,7 @@ TINY_FLAGS = ["--backbone", "resnet18", "--min-size", "64", "--max-size", "96", 
 def fake(tmp_path_factory):
     """(image folder, annotation file) of four made-up images, all of 480×806 pixels."""
     root = tmp_path_factory.mktemp("fake") / "coco"
-    benchmark_data.write_fake_coco(root, 4, sizes=((480, 806, 1),))
+    benchmark_fake_data.write_fake_coco(root, 4, sizes=((480, 806, 1),))
     return dataset_paths(root)["train"]
 
 
@@ -60,9 +63,9 @@ def test_ratio_is_taken_round_by_round():
 
 def test_steps_are_cut_to_the_time_there_is():
     # 30 + 3 × 40 = 150 steps of 0.1 s take 15 s; in 3 s a fifth of them; and never less than one.
-    assert benchmark.plan_steps(100, 0.1, 30, 40) == (30, 40)
-    assert benchmark.plan_steps(3.0, 0.1, 30, 40) == (6, 8)
-    assert benchmark.plan_steps(0.0, 0.1, 30, 40) == (1, 1)
+    assert benchmark_gpu.plan_steps(100, 0.1, 30, 40) == (30, 40)
+    assert benchmark_gpu.plan_steps(3.0, 0.1, 30, 40) == (6, 8)
+    assert benchmark_gpu.plan_steps(0.0, 0.1, 30, 40) == (1, 1)
 
 
 def test_cells():
@@ -88,10 +91,13 @@ def test_tables():
 
 class FakeReport:
     def __init__(self):
-        self.notes, self.complete = [], True
+        self.notes, self.kept, self.complete = [], [], True
 
     def note(self, text):
         self.notes.append(text)
+
+    def keep(self, name, value):
+        self.kept.append((name, json.loads(json.dumps(value))))
 
     def progress(self, text):
         pass
@@ -125,6 +131,13 @@ def test_arms_take_turns_and_change_who_begins():
     answers = arms.take_turns(3, lambda n: arms.all_do("turn", value=n))
     assert diary == ["ours", "b", "b", "ours", "ours", "b"]
     assert answers == {"ours": [0, 1, 2], "b": [0, 1, 2]}
+    # Every answer is in the file before the next turn begins.
+    assert arms.report.kept[:3] == [
+        ("latest rounds", {"ours": [0]}),
+        ("latest rounds", {"ours": [0], "b": [0]}),
+        ("latest rounds", {"ours": [0], "b": [0, 1]}),
+    ]
+    assert len(arms.report.kept) == 6 and arms.report.kept[-1] == ("latest rounds", answers)
     assert rotated([1, 2, 3], 4) == [2, 3, 1] and rotated([], 2) == []
 
 
@@ -213,7 +226,7 @@ def test_attainable_seconds():
     products = [{"phase": "forward", "flops": 10, "calls": 3}, {"phase": "backward", "flops": 40, "calls": 1}]
     # 30 / 10 + 40 / 20
     assert instruments.attainable_seconds(products, {"forward": 10.0, "backward": 20.0}) == 5.0
-    found = benchmark.ceiling(
+    found = benchmark_train.ceiling(
         products,
         products[:1],
         [{"ours": {"forward": 10.0, "backward": r}} for r in (5.0, 20.0, 80.0)],
@@ -262,7 +275,7 @@ def test_helpers_count_in_the_memory_of_a_process():
 
 def test_fake_images_are_sound_and_seeded(tmp_path):
     for name in ("a", "b"):
-        benchmark_data.write_fake_coco(tmp_path / name, 3, seed=5)
+        benchmark_fake_data.write_fake_coco(tmp_path / name, 3, seed=5)
     a, b = (CocoDataset(*dataset_paths(tmp_path / name)["train"], training=True) for name in "ab")
     assert len(a) == 3 and a.index.findings == [] and len(a.classes) == 80
     for index in range(3):
@@ -277,7 +290,7 @@ def test_fake_images_are_sound_and_seeded(tmp_path):
 
 def test_a_repeated_set_differs_in_ids_alone(fake, tmp_path):
     source = CocoDataset(*fake)
-    folder, annotations = benchmark_data.repeat_coco(*fake, tmp_path, 10)
+    folder, annotations = benchmark_fake_data.repeat_coco(*fake, tmp_path, 10)
     content = json.loads(annotations.read_text())
     assert [image["id"] for image in content["images"]] == list(range(1, 11))
     ids = [annotation["id"] for annotation in content["annotations"]]
@@ -296,7 +309,7 @@ def test_a_repeated_set_differs_in_ids_alone(fake, tmp_path):
 def test_made_up_detections():
     boxes = np.array([[10.0, 20, 60, 90]])
     made = [
-        benchmark_data.made_up_detections(np.random.default_rng(3), boxes, [7], 80, 100, 200, count=10)
+        benchmark_fake_data.made_up_detections(np.random.default_rng(3), boxes, [7], 80, 100, 200, count=10)
         for _ in range(2)
     ]
     for name, value in made[0].items():
@@ -306,7 +319,7 @@ def test_made_up_detections():
     assert (found["boxes"] >= 0).all() and (found["boxes"] <= [200, 100, 200, 100]).all()
     assert (np.diff(found["scores"]) <= 0).all()
     assert (found["labels"] == 7).sum() >= 5 and found["labels"].min() >= 1 and found["labels"].max() <= 80
-    nobody = benchmark_data.made_up_detections(
+    nobody = benchmark_fake_data.made_up_detections(
         np.random.default_rng(3), np.zeros((0, 4)), [], 80, 100, 200, count=10
     )
     assert len(nobody["boxes"]) == 10
@@ -344,6 +357,20 @@ def make_sample(size=(20, 10)):
         "image_id": 1,
     }
     return Image.new("RGB", size, (255, 255, 255)), target
+
+
+def test_reference_frames_of_every_kind_of_segmentation():
+    mask = np.zeros((4, 6), np.uint8)
+    mask[1:3, 2:5] = 1
+    compressed = reference.mask_api.encode(np.asfortranarray(mask))
+    # Column by column: 9 pixels off, then 2 on and 2 off three times over, the last 6 in one.
+    uncompressed = {"size": [4, 6], "counts": [9, 2, 2, 2, 2, 2, 5]}
+    polygon = [[2, 1, 5, 1, 5, 3, 2, 3]]
+    found = reference.frames(
+        [polygon, uncompressed, compressed, {**compressed, "counts": compressed["counts"].decode()}], 4, 6
+    )
+    assert found.dtype == torch.uint8 and all(np.array_equal(frame, mask) for frame in found)
+    assert reference.frames([], 4, 6).shape == (0, 4, 6)
 
 
 def test_reference_hflip():
@@ -508,7 +535,7 @@ def test_evaluation_finds_as_much_as_a_trained_model(workload):
     assert found["ours-fp32"]["detections"] == found["torchvision"]["detections"] == 100
 
 
-@pytest.mark.parametrize("stage", list(benchmark.DATA_STAGES))
+@pytest.mark.parametrize("stage", list(DATA_STAGES))
 @pytest.mark.parametrize("name", ["ours", "torchvision"])
 def test_data_arms(workload, name, stage):
     arm = benchmark_arms.DataArm(name, workload, stage)
@@ -537,15 +564,15 @@ def test_arguments(capsys):
 
 def test_gpu_cases():
     args = SimpleNamespace(smoke=False, cases=None)
-    names = [str(case) for case in benchmark.gpu_cases(args, cuda=True)]
+    names = [str(case) for case in benchmark_gpu.gpu_cases(args, cuda=True)]
     assert names[0] == "torchvision-amp/16/fixed" and names[-1] == "torchvision-amp/16/fixed/again"
-    assert len(names) == len(set(names)) == len(benchmark.GPU_CASES)
+    assert len(names) == len(set(names)) == len(benchmark_gpu.GPU_CASES)
     args = SimpleNamespace(smoke=True, cases="ours/2/fixed")
-    (case,) = benchmark.gpu_cases(args, cuda=False)
+    (case,) = benchmark_gpu.gpu_cases(args, cuda=False)
     assert (case.arm, case.batch_size, case.is_traced) == ("ours", 2, True)
     args = SimpleNamespace(smoke=True, cases="ours/99/fixed")
     with pytest.raises(UserError, match="--cases ours/99/fixed: choose from"):
-        benchmark.gpu_cases(args, cuda=False)
+        benchmark_gpu.gpu_cases(args, cuda=False)
 
 
 @pytest.mark.slow
