@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import coco_eval
+import compilation
 import models
 import optim
 
 SHAPES_RECIPE = Path(__file__).parent / "recipes" / "shapes.args"
+FAKE_STEPS = 100  # with --use-fake-data, where nothing else is said
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -45,6 +47,10 @@ def get_parser(description):
     data.add_argument("--val-annotations", help="COCO json of the validation images")
     data.add_argument("--keep-empty", action="store_true", help="train on images without objects too")
     data.add_argument("--train-samples", type=int, help="train on a fixed random subset of so many images")
+    data.add_argument(
+        "--use-fake-data", action="store_true",
+        help="made-up batches from memory, to measure a step without the loader; trains only, saves nothing",
+    )  # fmt: skip
     data.add_argument(
         "--data-augmentation", default="hflip", choices=["none", "hflip", "multiscale", "lsj", "ssd", "ssdlite"],
         help="augmentation policy (default: hflip)",
@@ -148,7 +154,15 @@ def get_parser(description):
         "--channels-last", action=argparse.BooleanOptionalAction, default=True,
         help="keep weights and features in channels-last order (default: on)",
     )  # fmt: skip
-    speed.add_argument("--compile", action="store_true", help="torch.compile the backbone")
+    speed.add_argument(
+        "--compile", nargs="?", const="default", choices=compilation.MODES,
+        help="torch.compile backbone and RPN head, batches padded to few shapes (alone: default)",
+    )  # fmt: skip
+    speed.add_argument(
+        "--profile",
+        action="store_true",
+        help="say where a step's time goes, and leave a trace of a few steps",
+    )
     speed.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     speed.add_argument(
         "--use-deterministic-algorithms", action="store_true", help="only deterministic operations, slower"
@@ -166,6 +180,10 @@ def get_parser(description):
     evaluation.add_argument(
         "--eval-batch-size", type=int, default=1, help="images a rank a batch (default: 1)"
     )
+    evaluation.add_argument(
+        "--async-eval", action="store_true",
+        help="evaluate beside the next epoch, in a process of its own; same numbers, logged when they are there",
+    )  # fmt: skip
     evaluation.add_argument(
         "--evaluator", default="hotcoco", choices=coco_eval.EVALUATORS, help="default: hotcoco"
     )
@@ -199,7 +217,9 @@ def parse_args(description, argv=None):
     args = parser.parse_args(argv)
     if args.dataset is None:
         args.dataset = (
-            "coco" if args.data_path or args.train_annotations or args.val_annotations else "shapes"
+            "coco"
+            if args.data_path or args.train_annotations or args.val_annotations or args.use_fake_data
+            else "shapes"
         )
     if args.dataset == "shapes":
         dataset = args.dataset
@@ -213,6 +233,14 @@ def check_args(parser, args):
     """Where contradictions meet; also resolves the flags that are other flags' short forms."""
     if args.test_only:
         args.mode = "eval"
+    if args.use_fake_data:
+        if args.mode == "eval" or args.resume:
+            parser.error("--use-fake-data measures training steps: it evaluates nothing and resumes nothing")
+        if args.use_copypaste:
+            parser.error("--use-fake-data has no augmentation; leave out --use-copypaste")
+        args.mode = "train"
+        if args.epochs is None and args.total_steps is None:
+            args.total_steps = FAKE_STEPS
     if args.sync_bn:
         if args.norm not in (None, "sync"):
             parser.error(f"--sync-bn contradicts --norm {args.norm}")

@@ -5,6 +5,7 @@ Parameters, state_dict keys and numbers stay torchvision's; `install_fast_parts`
 Letters: B images, N objects, J keypoints, D detections.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cache
@@ -42,6 +43,30 @@ def install_fast_parts(model: GeneralizedRCNN) -> GeneralizedRCNN:
     fold_frozen_batch_norms(model.backbone)
     model.__class__ = _fast_class(type(model))
     return model
+
+
+def install_fast_input(model: nn.Module) -> nn.Module:
+    """What a one-stage detector (RetinaNet, FCOS, SSD, SSDlite) shares with the R-CNNs, in place; returns the model.
+
+    The input transform takes images as uint8 and masks in any form; frozen batch norms are folded. Under autocast
+    anchors, losses and decoding are float32: torchvision rounds anchors to the features' dtype, which in bfloat16
+    moves them by up to 4 pixels at 1,333, and computes the losses from rounded logits.
+    """
+    model.transform = FastTransform.from_torchvision(model.transform)
+    fold_frozen_batch_norms(model.backbone)
+    model.anchor_generator.register_forward_pre_hook(_shapes_in_float32)
+    model.head.register_forward_hook(_outputs_in_float32)
+    return model
+
+
+def _shapes_in_float32(module, args):
+    """Before an anchor generator, which reads shape, dtype and device of the features only."""
+    images, features = args
+    return images, [torch.empty((), device=f.device).expand(1, 1, *f.shape[-2:]) for f in features]
+
+
+def _outputs_in_float32(module, args, outputs):
+    return {name: output.float() for name, output in outputs.items()}
 
 
 @cache
@@ -85,7 +110,12 @@ class FastTransform(torchvision.models.detection.transform.GeneralizedRCNNTransf
     """torchvision's input transform on uint8 images, with masks left cropped and in original pixels.
 
     The same numbers: divide by 255, normalise, resize bilinearly without antialiasing, pad with zeros.
+
+    buckets: (height, width) of the only shapes that batches are padded to, smallest first, so that a compiled model
+    sees few shapes (see shape_buckets); empty: a batch is padded to its own largest sides.
     """
+
+    buckets: Sequence[tuple[int, int]] = ()
 
     @classmethod
     def from_torchvision(
@@ -119,9 +149,7 @@ class FastTransform(torchvision.models.detection.transform.GeneralizedRCNNTransf
                 )
         device = images[0].device
         sizes = [self.resized_size(*image.shape[-2:]) for image in images]
-        height, width = (
-            -(-max(side) // self.size_divisible) * self.size_divisible for side in zip(*sizes, strict=True)
-        )
+        height, width = self.padded_size(sizes)
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else torch.float32
         shape = (len(images), images[0].shape[0], height, width)
@@ -151,6 +179,15 @@ class FastTransform(torchvision.models.detection.transform.GeneralizedRCNNTransf
         scale = min(min_size / min(height, width), self.max_size / max(height, width))
         return int(height * scale), int(width * scale)
 
+    def padded_size(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """(height, width) that holds images of these sizes: the smallest bucket, or multiples of size_divisible."""
+        largest = [max(side) for side in zip(*sizes, strict=True)]
+        for bucket in self.buckets:
+            if largest[0] <= bucket[0] and largest[1] <= bucket[1]:
+                return bucket
+        height, width = (_round_up(side, self.size_divisible) for side in largest)
+        return height, width
+
     @staticmethod
     def _resize_target(target, old_size, new_size):
         target = dict(target)
@@ -174,6 +211,24 @@ class FastTransform(torchvision.models.detection.transform.GeneralizedRCNNTransf
             places = {name: _rescale(place, size, original_size) for name, place in places.items()}
             scaled.append({**detections, **places})
         return scaled
+
+
+def shape_buckets(
+    min_size: int, max_size: int, divisible: int = 32, shares: Sequence[float] = (0.8, 0.9, 1.0)
+) -> list[tuple[int, int]]:
+    """Few (height, width) that hold every image resized to min_size/max_size, smallest first.
+
+    For 800/1333: 800 by 1088, 1216 and 1344 in both orientations, which on COCO need 0.86 of the pixels of a fixed
+    800x1344; last a square, for a batch of both orientations.
+    """
+    short, longest = (_round_up(min(side, max_size), divisible) for side in (min_size, max_size))
+    lengths = sorted({max(short, _round_up(max_size * share, divisible)) for share in shares})
+    buckets = [shape for length in lengths for shape in ((short, length), (length, short))]
+    return list(dict.fromkeys([*buckets, (longest, longest)]))
+
+
+def _round_up(value, divisible):
+    return math.ceil(value / divisible) * divisible
 
 
 def _rescale(places, old_size, new_size):
