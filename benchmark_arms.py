@@ -26,6 +26,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import benchmark_fake_data
 import coco_eval
+import coco_results
 import coco_utils
 import engine
 import models
@@ -471,7 +472,7 @@ class Evaluator:
         loader = map(self.read, evaluation_batches(self.dataset.image_sizes, batch_size))
         iou_types = models.iou_types(self.model)
         if self.is_ours:
-            results = coco_eval.gather_results(self.predict(loader), self.dataset.image_ids)
+            results = coco_results.gather_results(self.predict(loader), self.dataset.image_ids)
             return coco_eval.score_results(self.workload.annotations, results, iou_types)[0]
         truth = reference.ReferenceDataset(self.workload.images, self.workload.annotations).coco
         evaluator = reference.BatchEvaluator(truth, iou_types)
@@ -508,7 +509,9 @@ class AfterForward:
         self.index = coco_utils.load_index(Path(workload.annotations))
         self.category_ids = self.index.category_ids.tolist()
         self.results = []
-        if not self.is_ours:
+        if self.is_ours:
+            self.truth = coco_eval.read_ground_truth(self.index)
+        else:
             truth = reference.ReferenceDataset(workload.images, workload.annotations).coco
             self.evaluator = reference.BatchEvaluator(truth, ["bbox", "segm"])
         self.base = peak_memory_mb(torch.device("cpu"))
@@ -535,7 +538,7 @@ class AfterForward:
             image_id, size = int(self.index.image_ids[number]), tuple(self.index.sizes[number].tolist())
             started = time.perf_counter()
             if self.is_ours:
-                self.results += coco_eval.predictions_to_results(
+                self.results += coco_results.predictions_to_results(
                     [output], [image_id], [size], self.category_ids
                 )
             else:
@@ -548,8 +551,8 @@ class AfterForward:
         """{"seconds", "metrics": {"bbox": {…}, "segm": {…}}} of everything taken in."""
         started = time.perf_counter()
         if self.is_ours:
-            results = coco_eval.gather_results(self.results, self.index.image_ids.tolist())
-            metrics, _ = coco_eval.score_results(self.workload.annotations, results, ["bbox", "segm"])
+            results = coco_results.gather_results(self.results, self.index.image_ids.tolist())
+            metrics, _ = coco_eval.score_results(self.truth, results, ["bbox", "segm"])
         else:
             metrics = self.evaluator.summarize()
         return {"seconds": time.perf_counter() - started, "metrics": metrics}

@@ -132,6 +132,15 @@ def find_newest(output_dir):
     return None, None
 
 
+def amend(path, progress, *links):
+    """Change the progress in a checkpoint under every name that it has in its folder, and give it `links` as well."""
+    path = Path(path)
+    checkpoint = load(path)
+    checkpoint["progress"].update(progress)
+    names = [other for other in path.parent.glob("*.pth") if other != path and other.samefile(path)]
+    save(checkpoint, path, *names, *links)
+
+
 def epoch_checkpoints(output_dir):
     """[(epoch, path)] of the model_<epoch>.pth files in a folder."""
     found = []
@@ -180,7 +189,9 @@ def check_same_norm(checkpoint, norm, path):
         )
 
 
-NOT_COMPARED = ("resume", "output_dir", "overwrite", "device", "print_freq", "workers", "norm", "norm_eps")
+NOT_COMPARED = (
+    "resume", "output_dir", "overwrite", "device", "print_freq", "workers", "norm", "norm_eps", "async_eval", "profile",
+)  # fmt: skip
 
 
 def changed_settings(old, new):

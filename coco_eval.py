@@ -1,7 +1,7 @@
-"""Predictions -> COCO results -> COCO's metrics -> a table; as a command, it scores a results file.
+"""COCO results -> COCO's metrics -> a table; as a command, it scores a results file.
 
-Letters: D detections of an image, M side of a mask head's output (28), J keypoints, T IoU thresholds (10),
-R recall thresholds (101), K categories, A area ranges, L limits on the detections of a class in an image.
+Letters: J keypoints, T IoU thresholds (10), R recall thresholds (101), I images and A annotations of the ground truth,
+K categories, S area ranges, L limits on the detections of a class in an image.
 """
 
 import argparse
@@ -9,216 +9,151 @@ import contextlib
 import io
 import itertools
 import json
+import math
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import hotcoco
 import numpy as np
-import torch
-import torch.distributed as dist
 from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from coco_index import CocoIndex
+from coco_results import RESULT_FIELDS, ImageResults, group_records, read_results
 from coco_utils import load_index
-from masks import check_frame, rle_counts
-from pasting import encode_frames, encode_masks
 from utils import UserError, write_json
 
-RESULT_FIELDS = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}  # by iou type
 LARGEST = 1e12  # of a score or coordinate; the evaluators' arithmetic is safe with it
 TITLES = {"bbox": "box", "segm": "mask", "keypoints": "keypoints"}
+# Images that are matched at once. More would hold more Python objects; fewer would leave cores idle.
+IMAGES_AT_ONCE = 250
 
 # How far annotators stray on each of COCO's 17 keypoints, from pycocotools' Params. For other keypoints nobody has
 # measured it: they take the mean.
 COCO_SIGMAS = [x / 1000 for x in (26, 25, 25, 35, 35, 79, 79, 72, 72, 62, 62, 107, 107, 87, 87, 89, 89)]
 
 
-# --- predictions to results -----------------------------------------------------------------------
+# --- the ground truth -----------------------------------------------------------------------------
 
 
-def predictions_to_results(outputs, image_ids, image_sizes, category_ids):
-    """Turn some images' predictions into COCO results, detections in the model's order.
+@dataclass
+class GroundTruth:
+    """What scoring needs of an annotation file, as columns. Annotations are in the order of the index."""
 
-    outputs: per image a dict of boxes float [D, 4] xyxy in pixels, labels int64 [D] in 1..K, scores float [D], for
-        masks either mask_probs float [D, M, M] or masks float [D, 1, H, W], and keypoints float [D, J, 3].
-    image_ids: the json's ids. image_sizes: (height, width) each. category_ids: category_ids[label - 1] is the json's.
-    Returns dicts {"image_id", "category_id", "bbox" xywh, "score"} and, where predicted, "segmentation" (compressed
-    RLE) and "keypoints" (x, y, v of each, one after another): what json.dump takes.
-    Keeps and changes nothing, so that threads can run it beside the next forward.
-    Raises ValueError for a box or score that is not finite, or a label without a category.
-    """
-    results = []
-    for output, image_id, (height, width) in zip(outputs, image_ids, image_sizes, strict=True):
-        boxes = output["boxes"].detach().float().cpu()
-        scores = output["scores"].detach().float().cpu()
-        labels = output["labels"].tolist()
-        if not (torch.isfinite(boxes).all() and torch.isfinite(scores).all()):
-            raise ValueError(
-                f"image {image_id}: a predicted box or score is not finite; the model has diverged"
-            )
-        if labels and not 1 <= min(labels) <= max(labels) <= len(category_ids):
-            raise ValueError(
-                f"image {image_id}: predicted labels {min(labels)}..{max(labels)}, but the annotation file has "
-                f"{len(category_ids)} categories; evaluate with the classes that the model was trained on"
-            )
-        fields = {
-            "category_id": [category_ids[label - 1] for label in labels],
-            "bbox": torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist(),
-            "score": scores.tolist(),
-        }
-        if "mask_probs" in output:
-            fields["segmentation"] = encode_masks(output["mask_probs"], boxes, height, width)
-        elif "masks" in output:
-            fields["segmentation"] = encode_frames(output["masks"])
-        if "keypoints" in output:
-            fields["keypoints"] = output["keypoints"].detach().float().flatten(1).tolist()
-        for detection in zip(*fields.values(), strict=True):
-            results.append({"image_id": image_id, **dict(zip(fields, detection, strict=True))})
-    return results
+    index: CocoIndex
+    names: list[str]  # [K], those that two categories share told apart by their ids
+    has_keypoints: np.ndarray  # bool [K]
+    sigmas: dict[int, list[float]]  # [J] by category id, where the file has them
+    boxes: np.ndarray  # float64 [A, 4], x, y, width, height as in the file, not clipped
+    areas: np.ndarray  # float64 [A]
+    keypoints: np.ndarray  # float64 [A, 3J]
+    num_keypoints: np.ndarray  # int64 [A]
+
+    def annotations(self, place, iou_type, labels):
+        """The annotations of one image as an evaluator takes them, but for their ids.
+
+        place: of the image in the index. labels: of the categories that count.
+        """
+        index, records = self.index, []
+        found = slice(index.first[place], index.first[place + 1])
+        columns = (index.labels[found], index.crowd[found], self.areas[found], self.boxes[found])
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        for n, (label, crowd, area, box) in enumerate(rows, start=found.start):
+            if label not in labels:
+                continue
+            record = {"category_id": label, "iscrowd": int(crowd), "area": area}
+            if iou_type == "segm":
+                record["segmentation"] = _usable(index.segmentations[n])
+                if not record["segmentation"]:
+                    continue
+            else:
+                record["bbox"] = box
+            if iou_type == "keypoints":
+                record["keypoints"] = self.keypoints[n].tolist()
+                record["num_keypoints"] = int(self.num_keypoints[n])
+            records.append(record)
+        return records
 
 
-def gather_results(results, image_ids, group=None):
-    """Bring every rank's results to rank 0, in the order of the data set: the same list for any number of ranks.
-
-    results: this rank's, JSON-able, of whole images that no other rank has. image_ids: of the whole data set, in its
-    order. group: one that carries CPU tensors (gloo); default: the default group, or no gathering where there is none.
-    Returns the list on rank 0, None on the others. What travels is JSON in byte tensors of the exact size.
-    Raises ValueError on rank 0 for results of an image that two ranks had, or that the data set lacks.
-    """
-    shards = [results]
-    if dist.is_available() and dist.is_initialized():
-        rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-        payload = torch.frombuffer(bytearray(json.dumps(results), "ascii"), dtype=torch.uint8)
-        sizes = torch.zeros(world_size, dtype=torch.int64)
-        sizes[rank] = len(payload)
-        dist.all_reduce(sizes, group=group)
-        if rank != 0:
-            dist.send(payload, group=group, group_dst=0)
-            return None
-        for source in range(1, world_size):
-            data = torch.empty(int(sizes[source]), dtype=torch.uint8)
-            dist.recv(data, group=group, group_src=source)
-            shards.append(json.loads(data.numpy().tobytes()))
-
-    position = {image_id: index for index, image_id in enumerate(image_ids)}
-    rank_of_image = {}
-    for rank, shard in enumerate(shards):
-        for image_id in {result["image_id"] for result in shard}:
-            if image_id not in position:
-                raise ValueError(f"rank {rank} has results of image {image_id}, which is not in the data set")
-            if image_id in rank_of_image:
-                raise ValueError(
-                    f"image {image_id} was evaluated by rank {rank_of_image[image_id]} and by rank {rank}; "
-                    "give each image to one rank, without padding the shards"
-                )
-            rank_of_image[image_id] = rank
-    # A stable sort: detections of an image keep the model's order, which decides between equal scores.
-    return sorted(itertools.chain(*shards), key=lambda result: position[result["image_id"]])
-
-
-# --- the ground truth and a results file ----------------------------------------------------------
-
-
-def read_ground_truth(path):
+def read_ground_truth(source):
     """Read an annotation file for scoring.
 
-    Returns {"images": [{"id", "height", "width"}], "categories": [{"id", "name", "keypoints": names}], "annotations"}.
-    An annotation has id, image_id, category_id, bbox xywh (as in the file: not clipped), iscrowd (0 where missing),
-    area (where missing the mask's, or else the box's), segmentation ([] where there is none), and with keypoints
-    "keypoints" and "num_keypoints".
+    source: its path, or the index of it where there is one already.
+    An annotation without area gets the mask's, or else the box's. A category's `sigmas`, one number a keypoint, are
+    beyond COCO's fields: they say how far annotators stray.
     Raises UserError for a file that cannot be used. Warns of annotations that are left out.
     """
-    index = load_index(path)  # refuses what native code must not see
-    content = json.loads(Path(path).read_bytes())
-    sizes = dict(zip(index.image_ids.tolist(), index.sizes.tolist(), strict=True))
-    usable = set(index.annotation_ids.tolist())
-    categories = [
-        {"id": category["id"], "name": name, "keypoints": category.get("keypoints", [])}
-        for category, name in zip(content["categories"], _class_names(content["categories"]), strict=True)
-    ]
-    return {
-        "images": [
-            {"id": image_id, "height": height, "width": width} for image_id, (height, width) in sizes.items()
-        ],
-        "categories": categories,
-        "annotations": [
-            _fill_in(annotation, *sizes[annotation["image_id"]], with_keypoints=bool(index.keypoint_names))
-            for annotation in content["annotations"]
-            if annotation["id"] in usable
-        ],
-    }
+    index = (
+        source if isinstance(source, CocoIndex) else load_index(source)
+    )  # refuses what native code must not see
+    # Masks and other fields are dropped as they are parsed: they are most of a file.
+    content = json.loads(Path(index.path).read_bytes(), object_hook=_scoring_fields)
+    place = {annotation_id: n for n, annotation_id in enumerate(index.annotation_ids.tolist())}
+    count, num_keypoints = len(place), len(index.keypoint_names)
+    boxes, areas = np.zeros((count, 4)), np.full(count, np.nan)
+    keypoints, visible = np.zeros((count, 3 * num_keypoints)), np.zeros(count, np.int64)
+    for annotation in content["annotations"]:
+        n = place.get(annotation["id"])
+        if n is None:  # left out
+            continue
+        boxes[n] = annotation["bbox"]
+        areas[n] = annotation.get("area", np.nan)
+        if num_keypoints and annotation.get("keypoints"):
+            keypoints[n] = annotation["keypoints"]
+            given = annotation.get("num_keypoints")
+            visible[n] = (
+                np.clip(given, 0, num_keypoints) if isinstance(given, int) else (keypoints[n, 2::3] > 0).sum()
+            )
+    categories = sorted(content["categories"], key=lambda category: category["id"])
+    truth = GroundTruth(
+        index,
+        _class_names(categories),
+        np.array([bool(category.get("keypoints")) for category in categories]),
+        {c["id"]: _sigmas(c, index.path) for c in categories if c.get("keypoints") and "sigmas" in c},
+        boxes,
+        areas,
+        keypoints,
+        visible,
+    )
+    image_of = np.repeat(np.arange(len(index.image_ids)), np.diff(index.first))
+    for n in np.flatnonzero(np.isnan(areas)).tolist():
+        areas[n] = _area(_usable(index.segmentations[n]), boxes[n], *index.sizes[image_of[n]].tolist())
+    return truth
 
 
-def _fill_in(annotation, height, width, with_keypoints):
-    """What scoring needs of an annotation, with what the file may leave out."""
-    filled = {key: annotation[key] for key in ("id", "image_id", "category_id", "bbox")}
-    filled["iscrowd"] = int(annotation.get("iscrowd", 0))
-    segmentation = annotation.get("segmentation") or []
-    if isinstance(segmentation, list):  # what is shorter is no polygon; an odd number at the end is ignored
-        segmentation = [polygon[: len(polygon) // 2 * 2] for polygon in segmentation if len(polygon) >= 6]
-    filled["segmentation"] = segmentation
-    filled["area"] = annotation["area"] if "area" in annotation else _area(filled, height, width)
-    if with_keypoints and annotation.get("keypoints"):
-        filled["keypoints"] = annotation["keypoints"]
-        visible = sum(visibility > 0 for visibility in annotation["keypoints"][2::3])
-        count = annotation.get("num_keypoints")
-        filled["num_keypoints"] = count if isinstance(count, int) else visible
-    return filled
+_SCORING_FIELDS = {"id", "name", "bbox", "area", "keypoints", "num_keypoints", "sigmas"}
 
 
-def read_results(path):
-    """Read a COCO results file: the list of its dicts, in the file's order.
+def _scoring_fields(record):
+    if "annotations" in record:
+        return record
+    return {field: value for field, value in record.items() if field in _SCORING_FIELDS}
 
-    Raises UserError if it is not a list of results, if an id or a number is none, or if an RLE does not fill its own
-    size (native code would read past its buffers).
-    """
-    try:
-        results = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; check the path") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not valid JSON ({error}); is it cut off?") from None
-    if not isinstance(results, list):
+
+def _sigmas(category, path):
+    """Raises UserError unless they are one positive number a keypoint."""
+    sigmas, count = category["sigmas"], len(category["keypoints"])
+    if (
+        not isinstance(sigmas, list)
+        or len(sigmas) != count
+        or not all(type(sigma) in (int, float) and 0 < sigma < LARGEST for sigma in sigmas)
+    ):
         raise UserError(
-            f"{path}: holds a {type(results).__name__}, not a list of results; is it the annotation file?"
+            f"{path}: category {category['id']} has sigmas {sigmas!r:.60}; they must be {count} positive numbers, one "
+            "a keypoint"
         )
-    for number, result in enumerate(results):
-        try:
-            _check_result(result)
-        except ValueError as error:
-            raise UserError(f"{path}: result {number} {error}") from None
-    return results
+    return sigmas
 
 
-def _check_result(result):
-    """Raises ValueError for a result that is not of COCO's form. NaN and infinity pass: score_results refuses them."""
-    if not isinstance(result, dict):
-        raise ValueError(f"is {result!r:.40}, not an object")
-    for key in ("image_id", "category_id"):
-        if type(result.get(key)) is not int:
-            raise ValueError(f"has {key} {result.get(key)!r:.40}, not an integer")
-    numbers = [result.get("score"), *_list(result, "bbox"), *_list(result, "keypoints")]
-    wrong = [number for number in numbers if type(number) not in (int, float)]
-    if wrong:
-        raise ValueError(f"has {wrong[0]!r:.40} where a number must be in its score, bbox or keypoints")
-    if "segmentation" in result:
-        rle = result["segmentation"]
-        if not isinstance(rle, dict) or not isinstance(rle.get("counts"), str):
-            raise ValueError("has a segmentation that is no compressed RLE; encode polygons first")
-        size = _list(rle, "size")
-        if [type(side) for side in size] != [int, int]:
-            raise ValueError(f"has an RLE of size {size!r:.40}, not [height, width]")
-        check_frame(*size)
-        rle_counts(rle, *size)
-
-
-def _list(record, key):
-    value = record.get(key, [])
-    if not isinstance(value, list):
-        raise ValueError(f"has {key} {value!r:.40}, not a list")
-    return value
+def _usable(segmentation):
+    """A segmentation without what is no polygon: fewer than three points; an odd number at the end is ignored."""
+    if isinstance(segmentation, dict):
+        return segmentation
+    return [polygon[: len(polygon) // 2 * 2] for polygon in segmentation if len(polygon) >= 6]
 
 
 def _class_names(categories):
@@ -230,11 +165,10 @@ def _class_names(categories):
     ]
 
 
-def _area(annotation, height, width):
-    """Pixels of the annotation's mask; without one, of its box."""
-    rle = annotation["segmentation"]
+def _area(rle, box, height, width):
+    """Pixels of a mask; without one, of its box x, y, width, height."""
     if not rle:
-        return float(annotation["bbox"][2] * annotation["bbox"][3])
+        return float(box[2] * box[3])
     if isinstance(rle, list):
         rle = mask_api.merge(mask_api.frPyObjects(rle, height, width))
     elif isinstance(rle["counts"], list):
@@ -257,13 +191,15 @@ def score_results(
     """COCO's metrics of results, in full precision.
 
     ground_truth: path of the annotation file, or what read_ground_truth made of it.
-    results: COCO results; of equal scores in an image the earlier is matched first.
+    results: a list of ImageResults, or of the dicts of a results file; of equal scores in an image the earlier is
+        matched first.
     iou_types: of "bbox", "segm", "keypoints".
     evaluator: "hotcoco" or "pycocotools"; their numbers are equal to the last bit.
     image_ids: score these images only (default: all of the file).
     max_detections: of a class in an image. COCO's is 100 (20 for keypoints, whatever is given here); metrics of another
         number compare with nobody's, and show it by a name like AR300 in place of AR100.
-    keypoint_sigmas: {category_id: [J floats]}; default COCO's for 17 keypoints, else the mean of COCO's.
+    keypoint_sigmas: {category id: [J floats]}, before those of the file; default COCO's for 17 keypoints, else the mean
+        of COCO's.
 
     Returns (metrics, per_class); -1 where there is nothing to find.
         metrics: {"bbox": {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"},
@@ -281,37 +217,44 @@ def score_results(
         raise ValueError(f"iou types {', '.join(iou_types)}: must be of {', '.join(RESULT_FIELDS)}")
     if max_detections < 100:
         raise ValueError(f"max_detections {max_detections}: must be COCO's 100, or more")
-    if not isinstance(ground_truth, dict):
+    if not isinstance(ground_truth, GroundTruth):
         ground_truth = read_ground_truth(ground_truth)
-    sizes = {image["id"]: [image["height"], image["width"]] for image in ground_truth["images"]}
-    category_ids = {category["id"] for category in ground_truth["categories"]}
-    wanted = sizes.keys() if image_ids is None else set(image_ids)
+    index = ground_truth.index
+    sizes = dict(zip(index.image_ids.tolist(), index.sizes.tolist(), strict=True))
+    wanted = set(sizes) if image_ids is None else set(image_ids)
     if not wanted <= sizes.keys():
         raise ValueError(
             f"image {min(wanted - sizes.keys())} is to be scored, but the annotation file has none such"
         )
-    num_keypoints = max((len(category["keypoints"]) for category in ground_truth["categories"]), default=0)
+    num_keypoints = len(index.keypoint_names)
     if "keypoints" in iou_types and not num_keypoints:
         raise ValueError("the annotation file has no keypoints to score against; score boxes or masks")
-    _check_results(results, iou_types, sizes, num_keypoints)
-    _warn_of_categories([r["category_id"] for r in results if r["category_id"] not in category_ids])
+    category_ids = set(index.category_ids.tolist())
+    category_ids = index.category_ids
+    if not all(isinstance(found, ImageResults) for found in results):
+        _check_records(results, iou_types, sizes, num_keypoints)
+        known = set(category_ids.tolist())
+        unknown = [result["category_id"] for result in results if result["category_id"] not in known]
+        results = group_records([r for r in results if r["category_id"] in known], sizes, iou_types)
+    else:
+        _check_images(results, iou_types, sizes, num_keypoints)
+        found_ids = np.concatenate([found.category_ids for found in results] or [category_ids])
+        unknown = found_ids[~np.isin(found_ids, category_ids)].tolist()
+    _warn_of_categories(unknown)
 
+    # An evaluator ranks equal scores by image id and file order; small numbers in that order are safe in any float.
+    by_image = {found.image_id: found for found in results}
+    order = [
+        place for place in np.argsort(index.image_ids, kind="stable") if index.image_ids[place] in wanted
+    ]
     metrics, per_class = {}, {}
     for iou_type in iou_types:
         limits = [20] if iou_type == "keypoints" else [1, 10, max_detections]
-        fields = ("image_id", "category_id", "score", RESULT_FIELDS[iou_type])  # not the bbox beside a mask
         names, precisions, recalls = [], [], []
-        truth = _annotations_of(ground_truth, iou_type, wanted)
-        parts = _split_by_sigmas(truth, keypoint_sigmas or {}) if iou_type == "keypoints" else [(truth, None)]
-        for truth, sigmas in parts:
-            members = {category["id"]: category["name"] for category in truth["categories"]}
-            detections = [
-                {field: result[field] for field in fields}
-                for result in results
-                if result["image_id"] in wanted and result["category_id"] in members
-            ]
-            precision, recall = EVALUATORS[evaluator](truth, detections, iou_type, limits, sigmas)
-            names += members.values()
+        for labels, sigmas in _split_by_sigmas(ground_truth, iou_type, keypoint_sigmas or {}):
+            parts = _parts(ground_truth, by_image, order, iou_type, set(labels))
+            precision, recall = EVALUATORS[evaluator](labels, parts, iou_type, limits, sigmas)
+            names += [ground_truth.names[label - 1] for label in labels]
             precisions.append(precision)
             recalls.append(recall)
         precision, recall = np.concatenate(precisions, axis=2), np.concatenate(recalls, axis=1)
@@ -320,17 +263,33 @@ def score_results(
     return metrics, per_class
 
 
-def _check_results(results, iou_types, sizes, num_keypoints):
+def _check_images(results, iou_types, sizes, num_keypoints):
+    """As _check_records, for ImageResults."""
+    _check_listed([found.image_id for found in results], sizes)
+    widths = {"bbox": 4, "keypoints": 3 * num_keypoints}
+    for found in results:
+        columns = {"score": (found.scores[:, None], 1)}
+        columns |= {
+            t: (found.boxes if t == "bbox" else found.keypoints, widths[t]) for t in iou_types if t in widths
+        }
+        for name, (column, width) in columns.items():
+            if column is None or column.shape != (len(found), width) or not (np.abs(column) < LARGEST).all():
+                raise ValueError(
+                    f"a result of image {found.image_id} has no {name} of {width} finite numbers; scoring needs one"
+                )
+        if "segm" in iou_types and (found.counts is None or list(found.size) != sizes[found.image_id]):
+            raise ValueError(
+                f"image {found.image_id} has {'no masks' if found.counts is None else f'masks of size {found.size}'}, "
+                f"but it is {sizes[found.image_id]} (height, width)"
+            )
+
+
+def _check_records(results, iou_types, sizes, num_keypoints):
     """Raises ValueError for what would give a wrong number or crash native code.
 
     sizes: {image_id: [height, width]}. num_keypoints: J.
     """
-    unknown = sorted({str(result["image_id"]) for result in results if result["image_id"] not in sizes})
-    if unknown:
-        raise ValueError(
-            f"results of {len(unknown)} images that the annotation file does not list (ids {', '.join(unknown[:5])}); "
-            "score them against the annotations of the images that were predicted"
-        )
+    _check_listed([result["image_id"] for result in results], sizes)
     _check_numbers(results, "score", 1)
     if "bbox" in iou_types:
         _check_numbers(results, "bbox", 4)
@@ -345,6 +304,15 @@ def _check_results(results, iou_types, sizes, num_keypoints):
                     f"{'no mask' if size is None else f'a mask of size {size}'}, but its image is "
                     f"{sizes[result['image_id']]} (height, width)"
                 )
+
+
+def _check_listed(image_ids, sizes):
+    unknown = sorted({str(image_id) for image_id in image_ids if image_id not in sizes})
+    if unknown:
+        raise ValueError(
+            f"results of {len(unknown)} images that the annotation file does not list (ids {', '.join(unknown[:5])}); "
+            "score them against the annotations of the images that were predicted"
+        )
 
 
 def _check_numbers(results, field, length):
@@ -373,63 +341,110 @@ def _warn_of_categories(unknown):
         )
 
 
-def _annotations_of(ground_truth, iou_type, image_ids):
-    """The ground truth as an evaluator takes it: of some images, with what one iou type needs.
+def _split_by_sigmas(ground_truth, iou_type, sigmas_by_category):
+    """Yield (labels, their sigmas) that together are all that have the iou type: an evaluator takes one set of sigmas.
 
-    Categories come sorted by id; annotations are copies, numbered from 1: COCO's matching takes id 0 for "unmatched".
+    For boxes and masks that is once, with None.
     """
-    categories = sorted(ground_truth["categories"], key=lambda category: category["id"])
-    annotations = [
-        annotation for annotation in ground_truth["annotations"] if annotation["image_id"] in image_ids
-    ]
-    fields = ["image_id", "category_id", "iscrowd", "area", RESULT_FIELDS[iou_type]]
-    if iou_type == "segm":
-        annotations = [annotation for annotation in annotations if annotation["segmentation"]]
-    elif iou_type == "keypoints":
-        categories = [category for category in categories if category["keypoints"]]
-        with_keypoints = {category["id"] for category in categories}
-        none_visible = {"keypoints": [0, 0, 0] * len(categories[0]["keypoints"]), "num_keypoints": 0}
-        annotations = [none_visible | a for a in annotations if a["category_id"] in with_keypoints]
-        fields += ["bbox", "num_keypoints"]
-    return {
-        "images": [image for image in ground_truth["images"] if image["id"] in image_ids],
-        "categories": categories,
-        "annotations": [
-            {"id": number, **{field: annotation[field] for field in fields}}
-            for number, annotation in enumerate(annotations, start=1)
-        ],
-    }
+    if iou_type != "keypoints":
+        yield list(range(1, len(ground_truth.names) + 1)), None
+        return
+    count = len(ground_truth.index.keypoint_names)
+    default = COCO_SIGMAS if count == len(COCO_SIGMAS) else [sum(COCO_SIGMAS) / len(COCO_SIGMAS)] * count
+    given, groups = {**ground_truth.sigmas, **sigmas_by_category}, {}
+    for label in (np.flatnonzero(ground_truth.has_keypoints) + 1).tolist():
+        category_id = int(ground_truth.index.category_ids[label - 1])
+        groups.setdefault(tuple(given.get(category_id, default)), []).append(label)
+    for sigmas, labels in groups.items():
+        yield labels, list(sigmas)
 
 
-def _split_by_sigmas(truth, sigmas_by_category):
-    """Yield (a part of the ground truth, its sigmas): an evaluator takes one set of them for all its categories."""
-    groups = {}
-    for category in truth["categories"]:
-        count = len(category["keypoints"])
-        default = COCO_SIGMAS if count == len(COCO_SIGMAS) else [sum(COCO_SIGMAS) / len(COCO_SIGMAS)] * count
-        groups.setdefault(tuple(sigmas_by_category.get(category["id"], default)), []).append(category)
-    for sigmas, categories in groups.items():
-        members = {category["id"] for category in categories}
-        annotations = [
-            annotation for annotation in truth["annotations"] if annotation["category_id"] in members
+class _Part(NamedTuple):
+    """Some images as an evaluator takes them, under numbers of their own; N detections."""
+
+    images: list[dict]
+    annotations: list[dict]
+    numbers: np.ndarray  # int64 [N], of the image
+    labels: np.ndarray  # int64 [N]
+    scores: np.ndarray  # float64 [N]
+    values: list  # [N], as json has them
+
+    def detections(self, field):
+        """As the dicts of a results file."""
+        columns = self.numbers.tolist(), self.labels.tolist(), self.scores.tolist(), self.values
+        return [
+            {"image_id": number, "category_id": label, "score": score, field: value}
+            for number, label, score, value in zip(*columns, strict=True)
         ]
-        yield {**truth, "categories": categories, "annotations": annotations}, list(sigmas)
 
 
-def _evaluate_with_hotcoco(truth, detections, iou_type, limits, sigmas):
-    """Returns (precision [T, R, K, A, L], recall [T, K, A, L]) float64, -1 where there is nothing to find."""
-    coco = hotcoco.COCO(truth)
-    evaluation = hotcoco.COCOeval(coco, coco.load_res(detections), iou_type)
-    evaluation.params.max_dets = limits
+def _parts(ground_truth, by_image, order, iou_type, labels):
+    """Yield the ground truth and the results as _Parts.
+
+    by_image: {image id: ImageResults}. order: the images' places in the index. labels: of the categories that count.
+    """
+    index, number, annotation_id = ground_truth.index, 0, 0
+    is_wanted = np.isin(np.arange(len(ground_truth.names)) + 1, list(labels))
+    for start in range(0, len(order), IMAGES_AT_ONCE):
+        images, annotations, columns = [], [], []
+        for place in order[start : start + IMAGES_AT_ONCE]:
+            number += 1
+            height, width = index.sizes[place].tolist()
+            images.append({"id": number, "height": height, "width": width})
+            for annotation in ground_truth.annotations(place, iou_type, labels):
+                annotation_id += 1  # from 1 on: COCO's matching takes id 0 for "unmatched"
+                annotations.append({"id": annotation_id, "image_id": number, **annotation})
+            found = by_image.get(int(index.image_ids[place]))
+            if found is not None and len(found):
+                found_places = np.searchsorted(index.category_ids, found.category_ids)
+                found_places = np.minimum(found_places, len(index.category_ids) - 1)
+                known = index.category_ids[found_places] == found.category_ids
+                keep = np.flatnonzero(known & is_wanted[found_places])
+                values = found.values(iou_type)
+                if len(keep) < len(found):
+                    values = [values[n] for n in keep.tolist()]
+                columns.append(
+                    (np.full(len(keep), number), found_places[keep] + 1, found.scores[keep], values)
+                )
+        numbers, part_labels, scores, values = zip(*columns, strict=True) if columns else ([], [], [], [])
+        yield _Part(
+            images,
+            annotations,
+            np.concatenate([*numbers, np.zeros(0, np.int64)]),
+            np.concatenate([*part_labels, np.zeros(0, np.int64)]),
+            np.concatenate([*scores, np.zeros(0)]),
+            [value for part in values for value in part],
+        )
+
+
+def _evaluate_with_hotcoco(labels, parts, iou_type, limits, sigmas):
+    """Returns (precision [T, R, K, S, L], recall [T, K, S, L]) float64, -1 where there is nothing to find."""
+    params = hotcoco.Params(iou_type)
+    params.max_dets = limits
     if sigmas is not None:
-        evaluation.params.kpt_oks_sigmas = sigmas
-    evaluation.evaluate()
+        params.kpt_oks_sigmas = sigmas
+    stream = hotcoco.StreamingEval(
+        [{"id": label, "name": str(label)} for label in labels], iou_type, params=params
+    )
+    for part in parts:
+        if iou_type == "bbox":
+            boxes = np.array(part.values, np.float64).reshape(-1, 4)
+            detections = np.column_stack([part.numbers, boxes, part.scores, part.labels])
+        else:  # without a box, so that the area is the mask's or the keypoints' own
+            detections = part.detections(RESULT_FIELDS[iou_type])
+        stream.update(part.images, part.annotations, detections)
+    evaluation = stream.finalize()
     evaluation.accumulate()
     return evaluation.eval["precision"], evaluation.eval["recall"]
 
 
-def _evaluate_with_pycocotools(truth, detections, iou_type, limits, sigmas):
+def _evaluate_with_pycocotools(labels, parts, iou_type, limits, sigmas):
     """As _evaluate_with_hotcoco. Not beside other threads: stdout is redirected to catch what the library prints."""
+    images, annotations, detections = [], [], []
+    for part in parts:
+        images += part.images
+        annotations += part.annotations
+        detections += part.detections(RESULT_FIELDS[iou_type])
     for number, detection in enumerate(detections, start=1):
         if iou_type == "bbox":
             area = detection["bbox"][2] * detection["bbox"][3]
@@ -439,11 +454,12 @@ def _evaluate_with_pycocotools(truth, detections, iou_type, limits, sigmas):
             xs, ys = detection["keypoints"][0::3], detection["keypoints"][1::3]
             area = (max(xs) - min(xs)) * (max(ys) - min(ys))
         detection.update(id=number, area=area, iscrowd=0)
+    categories = [{"id": label} for label in labels]
     with contextlib.redirect_stdout(io.StringIO()):
         coco_truth, coco_detections = COCO(), COCO()
-        coco_truth.dataset = truth
+        coco_truth.dataset = {"images": images, "categories": categories, "annotations": annotations}
         coco_truth.createIndex()
-        coco_detections.dataset = {**truth, "annotations": detections}
+        coco_detections.dataset = {"images": images, "categories": categories, "annotations": detections}
         coco_detections.createIndex()
         evaluation = COCOeval(coco_truth, coco_detections, iou_type)
         evaluation.params.maxDets = limits
@@ -510,13 +526,22 @@ def format_table(metrics):
     return "\n\n".join(blocks)
 
 
-def format_per_class(per_class):
-    """score_results' AP of each class as text, a row for each, in the order of the category ids."""
+def format_per_class(per_class, width=130):
+    """score_results' AP of each class as text: in the order of the category ids, down the columns.
+
+    As many classes stand side by side as there are tens of them, if a line of `width` characters holds them.
+    """
     names = list(dict.fromkeys(name for classes in per_class.values() for name in classes))
-    rows = [["class", *(f"{TITLES[iou_type]} AP" for iou_type in per_class)]]
+    rows = [["class", *(TITLES[iou_type] for iou_type in per_class)]]
     for name in names:
         rows.append([name, *(_format_number(classes.get(name, -1.0)) for classes in per_class.values())])
-    return _align(rows, left=1)
+    head, *lines = _align(rows, left=1).split("\n")
+    gap, cell = " " * 3, max(map(len, [head, *lines]))
+    num_columns = max(1, min((width + len(gap)) // (cell + len(gap)), math.ceil(len(lines) / 10)))
+    height = math.ceil(len(lines) / num_columns)
+    columns = [[head, *lines[start : start + height]] for start in range(0, len(lines), height)]
+    table = itertools.zip_longest(*columns, fillvalue="")
+    return "\n".join(gap.join(part.ljust(cell) for part in row).rstrip() for row in table)
 
 
 def _format_number(value):

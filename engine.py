@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from coco_eval import predictions_to_results
+from coco_results import predictions_to_results
 from optim import Ema, LrSchedule
 from utils import all_reduce_mean, get_world_size, peak_memory_mb
 
@@ -117,9 +117,10 @@ def train_one_epoch(
 
     state: TrainState, moved on in place. loader: yields (images, targets) lists of one epoch; a whole epoch has
     len(loader.batch_sampler) batches, and the loader starts at batch state.batch of it. on_log gets a record
-    every print_freq steps: {"step", "epoch", "losses", "lr", "grad_norm", "images_per_second", "data_seconds",
-    "memory_mb"}. mark is told when a part of a step is over: "data", "backward", and "optimizer" at its end; what lies
-    between the first two, hooks on the model can tell apart.
+    every print_freq steps: {"step", "epoch", "losses", "lr", "grad_norm", "images_per_second", "batch_seconds",
+    "data_seconds", "memory_mb"}; the seconds are those of a mean batch, and of its wait for the loader. mark is told
+    when a part of a step is over: "data", "backward", and "optimizer" at its end; what lies between the first two,
+    hooks on the model can tell apart.
     Returns the epoch's mean losses and images per second: {"losses", "lr", "images_per_second"}.
     Raises NonFiniteLossError, or Stopped at the first step's boundary after should_stop() is true.
     """
@@ -151,6 +152,7 @@ def train_one_epoch(
                 "lr": lr,
                 "grad_norm": float(grad_norm),
                 "images_per_second": images_since_log * get_world_size() / (now - logged),
+                "batch_seconds": (now - logged) / batches,
                 "data_seconds": data_seconds / batches,
                 "memory_mb": peak_memory_mb(device),
             }
@@ -214,12 +216,13 @@ def predict(model, loader, *, device, category_ids, amp_dtype=None, on_batch=lam
     """Detect in this rank's images.
 
     loader: yields (images, targets); targets carry image_id. category_ids: label k is category_ids[k - 1].
-    Returns a list of COCO results in the order of the images, then of the detections. Masks are pasted and
-    encoded in a thread while the model works on the next batch.
+    Returns a list of coco_results.ImageResults in the order of the images. Masks are pasted and encoded in threads
+    while the model works on the next batches.
     """
     model.eval()
     pending = []
-    with ThreadPoolExecutor(max_workers=1) as pool:
+    # Beside a GPU the host has time; on a CPU the forward pass needs the cores itself.
+    with ThreadPoolExecutor(max_workers=4 if device.type == "cuda" else 1) as pool:
         for images, targets in loader:
             sizes = [tuple(image.shape[-2:]) for image in images]
             image_ids = [target["image_id"] for target in targets]
@@ -229,7 +232,7 @@ def predict(model, loader, *, device, category_ids, amp_dtype=None, on_batch=lam
             outputs = [{name: value.cpu() for name, value in output.items()} for output in outputs]
             pending.append(pool.submit(predictions_to_results, outputs, image_ids, sizes, category_ids))
             on_batch(len(images))
-        return [result for batch in pending for result in batch.result()]
+        return [found for batch in pending for found in batch.result()]
 
 
 @torch.inference_mode()
@@ -250,7 +253,6 @@ def validation_loss(model, loader, *, device, amp_dtype=None):
             losses = model(images, targets)
         sums = {name: sums.get(name, 0.0) + loss.float() for name, loss in losses.items()}
         num_batches += 1
-    totals = all_reduce_mean(
-        torch.stack([*sums.values(), torch.tensor(float(num_batches), device=device)])
-    ).tolist()
+    sums_and_count = torch.stack([*sums.values(), torch.tensor(float(num_batches), device=device)])
+    totals = all_reduce_mean(sums_and_count.cpu()).tolist()  # over gloo: a side process has no other group
     return {name: total / totals[-1] for name, total in zip(sums, totals, strict=False)}

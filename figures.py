@@ -20,17 +20,16 @@ PALETTE = [
 def predictions(dataset, results, num_images=8, score_threshold=0.7, columns=2):
     """A grid of evaluated images: ground truth on the left of each pair, predictions on the right.
 
-    dataset: CocoDataset. results: COCO results in the json's ids. Images are spread evenly over the set, so the
-    same ones appear each time. Returns uint8 [H, W, 3] RGB.
+    dataset: CocoDataset. results: COCO results in the json's ids, of shown_images at least.
+    Returns uint8 [H, W, 3] RGB.
     """
     by_image = {}
     for result in results:
         if result["score"] >= score_threshold:
             by_image.setdefault(result["image_id"], []).append(result)
-    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(num_images, len(dataset))).round().astype(int))
     names = dict(zip(dataset.category_ids, dataset.classes, strict=True))
     pairs = []
-    for index in chosen.tolist():
+    for index in shown_images(dataset, num_images):
         image, target = dataset.picture(index)
         truth = target_objects(target, dataset)
         found = [result_object(result, names) for result in by_image.get(target["image_id"], [])]
@@ -38,6 +37,12 @@ def predictions(dataset, results, num_images=8, score_threshold=0.7, columns=2):
         right = titled(draw(image, found), f"{len(found)} predicted with score > {score_threshold:g}")
         pairs.append(np.concatenate([left, gap(left.shape[0], MARGIN), right], axis=1))
     return grid(pairs, columns)
+
+
+def shown_images(dataset, num_images=8):
+    """The indices of the images that predictions() shows: spread evenly over the set, the same ones each time."""
+    chosen = np.linspace(0, len(dataset) - 1, min(num_images, len(dataset)))
+    return np.unique(chosen.round().astype(int)).tolist()
 
 
 def target_objects(target, dataset):

@@ -52,29 +52,29 @@ def paste_masks(mask_probs, boxes, height, width):
 def encode_masks(mask_probs, boxes, height, width):
     """Paste masks in their boxes and encode them from there: the cost follows the boxes, not the frame.
 
-    Arguments as for paste_masks. Returns D dicts {"size": [height, width], "counts": str}, equal to pycocotools'
-    encode of torchvision's pasted frames.
+    Arguments as for paste_masks. Returns the counts of D compressed RLEs, bytes, equal to pycocotools' encode of
+    torchvision's pasted frames.
     """
-    rles = []
+    counts = []
     for columns in _paste_columns(mask_probs, boxes, height, width):
-        rles += _encode_columns(columns, height, width)
-    return rles
+        counts += _encode_columns(columns, height, width)
+    return counts
 
 
 def encode_frames(masks):
     """Encode full-frame masks.
 
     masks: float [D, 1, H, W], torchvision's pasted probabilities, cut at 0.5.
-    Returns D dicts {"size": [H, W], "counts": str}, equal to pycocotools' encode.
+    Returns the counts of D compressed RLEs, bytes, equal to pycocotools' encode.
     """
     height, width = masks.shape[-2:]
     rect, start, stride = np.array([[0, 0, width, height]]), np.array([1]), np.array([height])
-    rles = []
+    counts = []
     for mask in masks[:, 0]:  # one at a time: a second layout of all 100 frames would be another 100 MB
         bits = np.zeros(height * width + 2, bool)
         bits[1:-1] = (mask > MASK_THRESHOLD).cpu().numpy().T.reshape(-1)
-        rles += _encode_columns(_Columns(bits, rect, start, stride), height, width)
-    return rles
+        counts += _encode_columns(_Columns(bits, rect, start, stride), height, width)
+    return counts
 
 
 def _paste_columns(mask_probs, boxes, height, width):
@@ -151,7 +151,7 @@ def _resize_exactly(probs, width, height, target):
 
 
 def _encode_columns(columns, height, width):
-    """COCO's compressed RLE of each mask in its frame. Returns dicts {"size": [height, width], "counts": str}."""
+    """The counts of COCO's compressed RLE of each mask in its frame, bytes."""
     bits, rects, starts, strides = columns
     flips = np.flatnonzero(bits[1:] != bits[:-1]) + 1
     firsts = np.searchsorted(flips, starts)  # of each mask's flips
@@ -169,7 +169,8 @@ def _encode_columns(columns, height, width):
     last_end = np.append(first_end[1:], len(ends)) - 1
     last_end -= (runs[last_end - 1] == 0) & (last_end - first_end > 1)  # the frame's last pixel is inside
 
-    size = [height, width]  # one object for all
-    uncompressed = [{"size": size, "counts": runs[a:b]} for a, b in zip(first_end, last_end, strict=True)]
+    uncompressed = [
+        {"size": [height, width], "counts": runs[a:b]} for a, b in zip(first_end, last_end, strict=True)
+    ]
     rles = mask_api.frPyObjects(uncompressed, height, width) if uncompressed else []
-    return [{"size": size, "counts": rle["counts"].decode("ascii")} for rle in rles]
+    return [rle["counts"] for rle in rles]

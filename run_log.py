@@ -4,6 +4,8 @@ import json
 import sys
 import time
 
+import cv2
+import numpy as np
 from tqdm import tqdm
 
 from utils import format_duration, is_main_process
@@ -24,6 +26,7 @@ class RunLog:
         self.started = time.perf_counter()
         self.bar = None
         self.board = None
+        self.paces = []  # (seconds of a batch, of its wait for the loader), one a record
         if self.output_dir is not None:
             from torch.utils.tensorboard import SummaryWriter  # a second to import: not for every front door
 
@@ -41,6 +44,7 @@ class RunLog:
         """Report a record of engine.train_one_epoch."""
         if not self.speaks:
             return
+        self.paces.append((record["batch_seconds"], record["data_seconds"]))
         step, losses = record["step"], record["losses"]
         total_loss = sum(losses.values())
         parts = " ".join(f"{short_name(name)} {value:.3f}" for name, value in losses.items())
@@ -88,9 +92,14 @@ class RunLog:
                     self.board.add_scalar(f"eval_{kind}/{name}", value, record["step"])
         self.board.flush()
 
-    def picture(self, name, image, step):
-        """image: uint8 [H, W, 3] RGB, onto TensorBoard."""
+    def pace(self):
+        """(seconds of a batch, seconds of it spent waiting for the loader): the medians of the records."""
+        return tuple(np.median(self.paces, axis=0).tolist())
+
+    def picture(self, name, path, step):
+        """An image file, onto TensorBoard."""
         if self.board is not None:
+            image = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
             self.board.add_image(name, image, step, dataformats="HWC")
 
     def close(self):

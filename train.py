@@ -6,7 +6,9 @@ torchrun --nproc-per-node 8 train.py --data-path DIR
 python3 train.py --data-path DIR --resume FILE --test-only
 """
 
-import json
+import argparse
+import contextlib
+import functools
 import math
 import signal
 import sys
@@ -19,13 +21,18 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 import arguments
+import async_eval
 import checkpoint as checkpoints
 import coco_eval
+import coco_results
 import coco_utils
+import compilation
 import engine
+import fake_data
 import figures
 import models
 import optim
+import profiling
 import shapes
 import utils
 from group_by_aspect_ratio import GroupedBatchSampler, create_aspect_ratio_groups, evaluation_batches
@@ -34,6 +41,12 @@ from transforms import SimpleCopyPaste, build_transforms
 from utils import UserError
 
 EXIT_USER_ERROR, EXIT_FAILED, EXIT_SIGTERM = 2, 1, 143
+PICTURE = Path("figures", "predictions.png")
+SNAPSHOT = ".evaluating.pth"  # the checkpoint whose weights are being evaluated beside training
+
+
+class RunError(RuntimeError):
+    """What ended a run after its first step, in one line."""
 
 
 # --- wiring --------------------------------------------------------------------------------------------
@@ -64,10 +77,10 @@ def choose_output_dir(args):
         return Path(args.output_dir)
     if args.resume:
         return Path(args.resume).parent
-    runs, number = Path("runs"), 1
-    while (runs / f"{args.dataset}-{number}").exists():
+    runs, name, number = Path("runs"), "fake" if args.use_fake_data else args.dataset, 1
+    while (runs / f"{name}-{number}").exists():
         number += 1
-    return Path(utils.broadcast_json(str(runs / f"{args.dataset}-{number}")))
+    return Path(utils.broadcast_json(str(runs / f"{name}-{number}")))
 
 
 def build_datasets(args):
@@ -85,12 +98,16 @@ def build_datasets(args):
         paths["val"] = (Path(args.val_images), Path(args.val_annotations))
     needed = {"train": ("train",), "eval": ("val",)}.get(args.mode, ("train", "val"))
     for split in needed:
-        if split not in paths:
+        if split not in paths and not args.use_fake_data:
             raise UserError(
                 f"no {split} data: give --data-path, or --{split}-images and --{split}-annotations"
                 + ("; --mode train goes without validation" if split == "val" else "")
             )
     fields = {"with_masks": "maskrcnn" in args.model, "with_keypoints": "keypoint" in args.model}
+    if args.use_fake_data:
+        return fake_data.FakeDataset(
+            paths["train"][1] if "train" in paths else None, seed=args.seed, **fields
+        ), None
     train = val = None
     if args.mode != "eval":
         train = coco_utils.CocoDataset(
@@ -136,6 +153,11 @@ def build_train_loader(args, dataset, workers, device):
         worker_init_fn=coco_utils.init_worker,
         generator=torch.Generator(),  # or each new iterator would draw from the stream that the anchors come from
     )
+
+
+def build_fake_loader(args, dataset, workers, device):
+    ranks = {"rank": utils.get_rank(), "num_ranks": utils.get_world_size()}
+    return fake_data.FakeLoader(dataset, args.batch_size, **ranks, pin=device.type == "cuda")
 
 
 def build_val_loader(args, dataset, workers, device):
@@ -189,47 +211,99 @@ def sync_buffers(model):
             dist.broadcast(buffer, src=0)
 
 
-def evaluate(args, state, dataset, loader, device, amp_dtype, output_dir, log):
-    """Score the (averaged) weights on the validation set; the same metrics on every rank.
-
-    Returns {"bbox": {"AP", …}, "segm": {…}, "images_per_second", …} and leaves detections.json and a figure.
-    """
+@contextlib.contextmanager
+def evaluated_weights(state):
+    """Within the block the detector carries what is evaluated, equal on all ranks: its weights, or their average."""
     sync_buffers(state.detector)
-    started = time.perf_counter()
     with state.ema.applied():
-        results = engine.predict(
-            state.detector, loader, device=device, category_ids=dataset.category_ids, amp_dtype=amp_dtype
-        )
-        loss = None
-        if args.val_loss:
-            loss = engine.validation_loss(state.detector, loader, device=device, amp_dtype=amp_dtype)
-    seconds = time.perf_counter() - started
-    results = coco_eval.gather_results(results, dataset.image_ids)
-    metrics = None
-    if utils.is_main_process():
-        metrics, classes = coco_eval.score_results(
-            dataset.annotation_file,
+        sync_buffers(state.detector)
+        yield state.detector
+
+
+class Evaluator:
+    """Scores detectors on the validation set, whose annotations are read once."""
+
+    def __init__(self, args, dataset, loader, device, amp_dtype, output_dir):
+        self.args, self.dataset, self.loader = args, dataset, loader
+        self.device, self.amp_dtype, self.output_dir = device, amp_dtype, output_dir
+
+    @functools.cached_property
+    def ground_truth(self):
+        return coco_eval.read_ground_truth(self.dataset.index)
+
+    def __call__(self, detector):
+        """All ranks call. Returns {"metrics", "per_class"} as JSON-able values on rank 0, None on the others.
+
+        metrics: {"bbox": {"AP", …}, "segm": {…}, "images_per_second", …}; per_class: {"bbox": {class: AP}, …}.
+        Leaves detections.json and a picture.
+        """
+        started = time.perf_counter()
+        options = {"device": self.device, "amp_dtype": self.amp_dtype}
+        # An evaluation draws from a stream of its own, so that training is the same with and without it.
+        with utils.own_randomness(self.args.seed, self.device):
+            results = engine.predict(detector, self.loader, category_ids=self.dataset.category_ids, **options)
+            loss = engine.validation_loss(detector, self.loader, **options) if self.args.val_loss else None
+        seconds = time.perf_counter() - started
+        results = coco_results.gather_results(results, self.dataset.image_ids)
+        if not utils.is_main_process():
+            return None
+        metrics, per_class = coco_eval.score_results(
+            self.ground_truth,
             results,
-            models.iou_types(state.detector),
-            evaluator=args.evaluator,
-            image_ids=dataset.image_ids,
+            models.iou_types(detector),
+            evaluator=self.args.evaluator,
+            image_ids=self.dataset.image_ids,
         )
-        log.end_bar()
-        log.say(coco_eval.format_table(metrics))
-        log.say(coco_eval.format_per_class(classes))
-        metrics["images_per_second"] = len(dataset) / seconds
+        metrics["images_per_second"] = len(self.dataset) / seconds
         metrics["scoring_seconds"] = time.perf_counter() - started - seconds
         if loss is not None:
             metrics["loss"] = loss
-        (output_dir / "detections.json").write_text(json.dumps(results))
-        picture = figures.predictions(dataset, results)
-        figures.write(output_dir / "figures" / "predictions.png", picture)
-        log.picture("predictions", picture, state.step)
-        log.say(
-            f"evaluated {len(dataset)} images at {metrics['images_per_second']:.1f} img/s; "
-            f"scoring took {metrics['scoring_seconds']:.1f} s"
-        )
-    return utils.broadcast_json(metrics)
+        coco_results.write_results(self.output_dir / "detections.json", results)
+        shown = {self.dataset.image_ids[n] for n in figures.shown_images(self.dataset)}
+        records = [record for found in results if found.image_id in shown for record in found.records()]
+        figures.write(self.output_dir / PICTURE, figures.predictions(self.dataset, records))
+        return {"metrics": metrics, "per_class": per_class}
+
+
+def open_evaluator(settings, norm, output_dir, device, num_threads, meeting):
+    """What the side process of a rank opens for its evaluations; returns state_dict -> report, see AsyncEvaluation.
+
+    settings: the run's arguments. norm: its backbone's, {"type", "eps"}. meeting: for utils.join_meeting.
+    """
+    args = argparse.Namespace(**settings | {"mode": "eval", "norm": norm["type"], "norm_eps": norm["eps"]})
+    utils.join_meeting(**meeting)
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_num_threads(num_threads)
+    torch.use_deterministic_algorithms(args.use_deterministic_algorithms)
+    _, dataset = build_datasets(args)
+    loader = build_val_loader(args, dataset, choose_workers(args, device), device)
+    amp_dtype = utils.amp_dtype(args.amp_dtype, device) if args.amp else None
+    evaluator = Evaluator(args, dataset, loader, device, amp_dtype, Path(output_dir))
+    detector = None
+
+    def evaluate(weights):
+        nonlocal detector
+        if detector is None:
+            detector, _ = build_detector(args, dataset, device, state=weights)
+        detector.load_state_dict(weights, strict=True)
+        return evaluator(detector)
+
+    return evaluate
+
+
+def say_evaluation(report, step, num_images, output_dir, log):
+    """Print an evaluation's tables and put its picture on TensorBoard."""
+    metrics = report["metrics"]
+    log.end_bar()
+    log.say(coco_eval.format_table(metrics))
+    log.say(coco_eval.format_per_class(report["per_class"]))
+    log.picture("predictions", output_dir / PICTURE, step)
+    log.say(
+        f"evaluated {num_images} images at {metrics['images_per_second']:.1f} img/s; "
+        f"scoring took {metrics['scoring_seconds']:.1f} s"
+    )
 
 
 def headline(metrics):
@@ -277,6 +351,25 @@ def make_checkpoint(args, state, classes, category_ids, best, device):
     return content
 
 
+def follow_checkpoint(args, content, path):
+    """Complete the flags of the model as the run that wrote a checkpoint had them.
+
+    Raises UserError if they name another model: its weights would not fit.
+    """
+    theirs = content["config"]
+    if args.norm is None and args.norm_eps is None:
+        args.norm, args.norm_eps = content["norm"]["type"], content["norm"]["eps"]
+    # What was pretrained decides which stages train; the weights themselves are not read again.
+    for name in ("backbone", "weights", "weights_backbone", "trainable_backbone_layers"):
+        if getattr(args, name) is None:
+            setattr(args, name, theirs.get(name))
+    for name in ("model", "backbone"):
+        if getattr(args, name) != theirs.get(name):
+            given, wanted = getattr(args, name), theirs.get(name)
+            mend = f"pass --{name} {wanted}" if wanted else f"leave out --{name} {given}"
+            raise UserError(f"{path}: holds {name} {wanted or 'as it comes'}, not {given}; {mend}")
+
+
 def restore(args, state, content, path, classes, category_ids, device, log):
     """Put a loaded checkpoint into the state; returns the best score so far. Says what differs from its run."""
     checkpoints.check_same_classes(content, classes, category_ids, path)
@@ -310,34 +403,16 @@ def restore(args, state, content, path, classes, category_ids, device, log):
 # --- the run ---------------------------------------------------------------------------------------------
 
 
-def main(args):
-    """The run; returns the last metrics. Raises UserError before the first step for what the user can mend."""
-    device_type = torch.device(args.device).type if args.device else utils.select_device(None).type
-    _, world_size, local_rank, local_world_size = utils.init_distributed(
-        device_type, args.dist_url, args.world_size
-    )
-    device = utils.select_device(args.device, local_rank)
-    utils.divide_threads(local_world_size)
-    utils.seed_everything(args.seed, utils.get_rank())
-    torch.use_deterministic_algorithms(args.use_deterministic_algorithms)
+def choose_workers(args, device):
+    """Loader processes a rank."""
+    return args.workers if args.workers is not None else 4 if device.type == "cuda" else 1
 
-    output_dir = choose_output_dir(args)
-    resume_path, resumed = None, None
-    if args.resume == "auto":
-        resume_path, resumed = checkpoints.find_newest(output_dir)
-    elif args.resume:
-        resume_path, resumed = Path(args.resume), checkpoints.load(args.resume)
-    elif (output_dir / checkpoints.NEWEST).exists() and not args.overwrite and args.mode != "eval":
-        raise UserError(
-            f"{output_dir}: holds a run; go on with --resume auto, or start anew with --overwrite"
-        )
-    if utils.is_main_process():
-        utils.prepare_output_dir(output_dir)
-    if resumed is not None and args.norm is None and args.norm_eps is None:
-        args.norm, args.norm_eps = resumed["norm"]["type"], resumed["norm"]["eps"]
 
-    train_set, val_set = build_datasets(args)
-    dataset = train_set or val_set
+def build_detector(args, dataset, device, state=None):
+    """(detector on its device, report on what its weights matched, None where none were read).
+
+    state: the state_dict that the caller will go on with, in place of the weights that args name.
+    """
     detector, report = models.build_model(
         args.model,
         num_classes=len(dataset.classes) + 1,
@@ -345,8 +420,9 @@ def main(args):
         norm=args.norm,
         norm_eps=args.norm_eps,
         trainable_layers=args.trainable_backbone_layers,
-        weights=None if resumed else args.weights,
-        weights_backbone=None if resumed else args.weights_backbone,
+        weights=args.weights,
+        weights_backbone=args.weights_backbone,
+        state=state,
         classes=dataset.classes,
         category_ids=dataset.category_ids,
         num_keypoints=dataset.num_keypoints,
@@ -358,21 +434,65 @@ def main(args):
         reference_ops=args.reference_ops,
     )
     detector.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
-    amp_dtype = utils.amp_dtype(args.amp_dtype, device) if args.amp else None
     if args.compile:
-        detector.backbone.compile(dynamic=True)
-    workers = args.workers
-    if workers is None:
-        workers = 4 if device.type == "cuda" else 1
+        compilation.compile_regions(detector, mode=args.compile)
+    return detector, report
+
+
+def main(args):
+    """The run; returns the last metrics. Raises UserError before the first step for what the user can mend."""
+    device_type = torch.device(args.device).type if args.device else utils.select_device(None).type
+    _, _, local_rank, local_world_size = utils.init_distributed(device_type, args.dist_url, args.world_size)
+    device = utils.select_device(args.device, local_rank)
+    utils.divide_threads(local_world_size)
+    utils.seed_everything(args.seed, utils.get_rank())
+    torch.use_deterministic_algorithms(args.use_deterministic_algorithms)
+
+    output_dir = choose_output_dir(args)
+    if not utils.is_main_process():
+        return run(args, device, output_dir)
+    utils.prepare_output_dir(output_dir)
+    with utils.only_run_in(output_dir):
+        return run(args, device, output_dir)
+
+
+def run(args, device, output_dir):
+    """What main does in a folder of its own: open everything, then train or evaluate."""
+    resume_path, resumed = None, None
+    if args.resume == "auto":
+        resume_path, resumed = checkpoints.find_newest(output_dir)
+    elif args.resume:
+        resume_path, resumed = Path(args.resume), checkpoints.load(args.resume)
+    elif (output_dir / checkpoints.NEWEST).exists() and not args.overwrite and args.mode != "eval":
+        raise UserError(
+            f"{output_dir}: holds a run; go on with --resume auto, or start anew with --overwrite"
+        )
+    if resumed is not None:
+        follow_checkpoint(args, resumed, resume_path)
+
+    train_set, val_set = build_datasets(args)
+    dataset = train_set or val_set
+    detector, report = build_detector(args, dataset, device, state=resumed and resumed["model"])
+    amp_dtype = utils.amp_dtype(args.amp_dtype, device) if args.amp else None
+    workers = choose_workers(args, device)
 
     train_loader, total_steps, lr, schedule = None, 0, 0.0, None
-    images_per_batch = args.batch_size * world_size
+    images_per_batch = args.batch_size * utils.get_world_size()
     if train_set is not None:
-        train_loader = build_train_loader(args, train_set, workers, device)
+        open_loader = build_fake_loader if args.use_fake_data else build_train_loader
+        train_loader = open_loader(args, train_set, workers, device)
         steps_per_epoch, total_steps, lr, schedule = plan_schedule(
             args, len(train_loader.batch_sampler), images_per_batch
         )
-    val_loader = build_val_loader(args, val_set, workers, device) if val_set is not None else None
+    evaluator = None
+    if val_set is not None:
+        if args.val_loss and len(val_set) < args.eval_batch_size * utils.get_world_size():
+            raise UserError(
+                f"--val-loss: {len(val_set)} validation images are no batch of {args.eval_batch_size} for each of "
+                f"{utils.get_world_size()} ranks; start fewer ranks, or leave the flag out"
+            )
+        val_loader = build_val_loader(args, val_set, workers, device)
+        evaluator = Evaluator(args, val_set, val_loader, device, amp_dtype, output_dir)
 
     groups = optim.parameter_groups(detector, args.weight_decay, args.norm_weight_decay)
     optimizer = optim.build_optimizer(args.opt, groups, lr, args.momentum)
@@ -388,7 +508,7 @@ def main(args):
     best = {"best": -math.inf, "best_epoch": None}
     if resumed is not None:
         best = restore(args, state, resumed, resume_path, dataset.classes, dataset.category_ids, device, log)
-    if world_size > 1 and train_set is not None:
+    if utils.get_world_size() > 1 and train_set is not None:
         # DDP copies the few gradients of 1×1 kernels whose strides differ in name only; it need not say so.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         state.model = torch.nn.parallel.DistributedDataParallel(
@@ -407,10 +527,12 @@ def main(args):
     describe_run(args, log, output_dir, device, amp_dtype, train_set, val_set, detector)
 
     if args.mode == "eval":
-        metrics = evaluate(args, state, val_set, val_loader, device, amp_dtype, output_dir, log)
-        log.epoch({"epoch": state.epoch, "step": state.step, "train": None, "eval": metrics})
+        with evaluated_weights(state) as weights:
+            report = utils.broadcast_json(evaluator(weights))
+        say_evaluation(report, state.step, len(val_set), output_dir, log)
+        log.epoch({"epoch": state.epoch, "step": state.step, "train": None, "eval": report["metrics"]})
         log.close()
-        return metrics
+        return report["metrics"]
 
     log.say(
         f"{total_steps} steps of {images_per_batch * args.accum_steps} images, {steps_per_epoch} an epoch; "
@@ -423,35 +545,75 @@ def main(args):
         log.close()
         return None
     return run_epochs(
-        args,
-        state,
-        best,
-        train_loader,
-        val_set,
-        val_loader,
-        dataset,
-        total_steps,
-        device,
-        amp_dtype,
-        output_dir,
-        log,
+        args, state, best, train_loader, evaluator, dataset, total_steps, device, amp_dtype, output_dir, log
     )
 
 
 def run_epochs(
-    args, state, best, loader, val_set, val_loader, dataset, total_steps, device, amp_dtype, output_dir, log
+    args, state, best, loader, evaluator, dataset, total_steps, device, amp_dtype, output_dir, log
 ):
-    """The epoch loop: train, evaluate, save. Returns the last evaluation's metrics."""
+    """The epoch loop: train, evaluate, save. Returns the last evaluation's metrics.
+
+    Raises RunError, and no UserError, once the first step is done.
+    """
     stop = StopSignal()
-    log.first_step = state.step
+    log.first_step = first_step = state.step
     started, metrics = time.perf_counter(), None
+    snapshot = output_dir / SNAPSHOT
+    beside = None
+    if args.async_eval and evaluator is not None:
+        beside = async_eval.AsyncEvaluation(
+            open_evaluator,
+            args.dist_url,
+            settings=vars(args),
+            norm=models.describe_norm(state.detector),
+            output_dir=str(output_dir),
+            device=str(device),
+            num_threads=torch.get_num_threads(),
+        )
+    profiler = None
+    if args.profile:
+        hint = {"workers": loader.num_workers, "amp": amp_dtype is not None, "compiled": bool(args.compile)}
+        profiler = profiling.StepProfiler(state.detector, device, output_dir / "profile", log.say, hint)
 
     def save(*links):
+        if args.use_fake_data:  # what was learnt from noise must never be resumed by mistake
+            return
         content = make_checkpoint(args, state, dataset.classes, dataset.category_ids, best, device)
         if content is not None:
             checkpoints.save(content, output_dir / checkpoints.NEWEST, *links)
             checkpoints.remove_old(output_dir, args.keep_checkpoints)
         utils.barrier()
+
+    def take_in(report, epoch, step):
+        """Say what an evaluation found; returns whether it is the best so far."""
+        nonlocal metrics
+        metrics = report["metrics"]
+        say_evaluation(report, step, len(evaluator.dataset), output_dir, log)
+        kind, score = headline(metrics)
+        if score <= best["best"]:
+            return False
+        best.update(best=score, best_epoch=epoch)
+        log.say(f"best so far: {kind} AP {score:.4f}")
+        return True
+
+    def collect(wait):
+        """Take in the evaluation beside training, if it is done or once it is; returns whether it is the best."""
+        done = beside.collect(wait) if beside is not None else None
+        if done is None:
+            return False
+        record, report = done
+        is_best = take_in(report, record["epoch"], record["step"])
+        if utils.is_main_process():
+            if is_best:
+                checkpoints.amend(snapshot, best, output_dir / checkpoints.BEST)
+            snapshot.unlink(missing_ok=True)
+        log.epoch({**record, "eval": report["metrics"]})
+        return is_best
+
+    def between_steps():
+        collect(wait=False)
+        return stop()
 
     try:
         while state.step < total_steps:
@@ -466,42 +628,78 @@ def run_epochs(
                 total_steps=total_steps,
                 print_freq=args.print_freq,
                 on_log=log.train,
-                should_stop=stop,
+                should_stop=between_steps,
+                mark=profiler or (lambda name: None),
             )
             epoch, finished = state.epoch, state.step >= total_steps
             if state.batch == len(loader.batch_sampler):
                 state.epoch, state.batch = epoch + 1, 0
-            evaluated = val_set is not None and (finished or (epoch + 1) % args.eval_every == 0)
+            record = {"epoch": epoch, "step": state.step, "train": train_metrics}
             links = [output_dir / f"model_{epoch}.pth"]
+            evaluated = evaluator is not None and (finished or (epoch + 1) % args.eval_every == 0)
+            if evaluated and beside is not None:
+                collect(wait=True)
+                save(*links, snapshot)
+                with evaluated_weights(state) as detector:
+                    beside.start(checkpoints.plain_state_dict(detector), record)
+                continue
+            report = None
             if evaluated:
-                metrics = evaluate(args, state, val_set, val_loader, device, amp_dtype, output_dir, log)
-                kind, score = headline(metrics)
-                if score > best["best"]:
-                    best.update(best=score, best_epoch=epoch)
+                with evaluated_weights(state) as detector:
+                    report = utils.broadcast_json(evaluator(detector))
+                if take_in(report, epoch, state.step):
                     links.append(output_dir / checkpoints.BEST)
-                    log.say(f"best so far: {kind} AP {score:.4f}")
             save(*links)
-            log.epoch(
-                {
-                    "epoch": epoch,
-                    "step": state.step,
-                    "train": train_metrics,
-                    "eval": metrics if evaluated else None,
-                }
-            )
+            log.epoch({**record, "eval": report and report["metrics"]})
+        collect(wait=True)
     except engine.Stopped:
         save()
-        log.say(
-            f"stopped by SIGTERM at step {state.step}; go on with --resume {output_dir / checkpoints.NEWEST}"
-        )
+        if collect(wait=True):
+            save()  # the best score belongs into the checkpoint that a resume reads
+        resume = "" if args.use_fake_data else f"; go on with --resume {output_dir / checkpoints.NEWEST}"
+        log.say(f"stopped by SIGTERM at step {state.step}{resume}")
         raise
+    except UserError as error:
+        if state.step == first_step:
+            raise
+        raise RunError(own_message(error)) from error
     finally:
         stop.restore()
+        if beside is not None:
+            beside.close()
+            if beside.pending is not None:
+                log.epoch({**beside.pending, "eval": None})
         log.close()
+    if profiler is not None:
+        profiler.close()
+    if args.compile:
+        log.say(f"torch.compile made {compilation.num_graphs()} graphs")
+    if utils.is_main_process():
+        log.say(describe_limit(args, device, amp_dtype, loader.num_workers, *log.pace()))
     log.say(
         f"trained {state.step} steps in {utils.format_duration(time.perf_counter() - started)}; see {output_dir}"
     )
     return metrics
+
+
+def describe_limit(args, device, amp_dtype, num_workers, batch_seconds, data_seconds):
+    """What a batch waited for, the loader or the arithmetic, and the flag to try, as text.
+
+    batch_seconds: of a typical batch, data_seconds of it spent waiting for the loader.
+    """
+    waiting = data_seconds / batch_seconds
+    took = f"a batch of {args.batch_size} took {1000 * batch_seconds:.0f} ms"
+    if args.use_fake_data:
+        bound = 1000 * batch_seconds / (1 - profiling.DATA_BOUND_SHARE)
+        return (
+            f"{took} from memory; the same command without --use-fake-data is data-bound if it takes more than "
+            f"{bound:.0f} ms, else compute-bound"
+        )
+    took += f", {1000 * data_seconds:.0f} ms of it ({waiting:.0%}) waiting for images"
+    if waiting <= profiling.DATA_BOUND_SHARE and device.type == "cuda":
+        return f"{took}\ncompute-bound or sync-bound: the loader keeps up; --profile tells which"
+    settings = {"workers": num_workers, "amp": amp_dtype is not None, "compiled": bool(args.compile)}
+    return f"{took}\n{profiling.verdict(waiting, None, **settings)}"
 
 
 def describe_run(args, log, output_dir, device, amp_dtype, train_set, val_set, detector):
@@ -523,19 +721,22 @@ def describe_run(args, log, output_dir, device, amp_dtype, train_set, val_set, d
     log.say(f"output: {output_dir}")
 
 
+def own_message(error):
+    """A UserError's line, without the traceback of a loader's worker around it."""
+    message = str(error).strip()
+    return message.rsplit("UserError: ", 1)[-1] if "in DataLoader worker process" in message else message
+
+
 def cli(argv=None):
     """Run the command line and return its exit status."""
     try:
         main(arguments.parse_args(__doc__, argv))
         return 0
     except UserError as error:
-        message = str(error).strip()
-        if "in DataLoader worker process" in message:  # the worker's traceback, its own message last
-            message = message.rsplit("UserError: ", 1)[-1]
         if utils.is_main_process() or "DataLoader" in str(error):
-            print(f"error: {message}", file=sys.stderr)
+            print(f"error: {own_message(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
-    except engine.NonFiniteLossError as error:
+    except (RunError, engine.NonFiniteLossError, async_eval.EvaluationError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
     except engine.Stopped:

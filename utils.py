@@ -2,12 +2,15 @@
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import platform
 import random
 import subprocess
 import sys
+import time
+import urllib.parse
 from datetime import timedelta
 from pathlib import Path
 
@@ -99,13 +102,18 @@ def all_reduce_mean(values):
     return values
 
 
+def votes(*flags):
+    """For each flag whether it is true on at least one rank; the same on every rank."""
+    if get_world_size() == 1:
+        return [bool(flag) for flag in flags]
+    votes = torch.tensor([int(flag) for flag in flags])
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return votes.bool().tolist()
+
+
 def any_rank(flag):
     """True on every rank if `flag` is true on at least one."""
-    if get_world_size() == 1:
-        return bool(flag)
-    votes = torch.tensor([int(flag)])
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return bool(votes.item())
+    return votes(flag)[0]
 
 
 def broadcast_json(value):
@@ -120,6 +128,32 @@ def broadcast_json(value):
         data = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
     dist.broadcast(data, src=0)
     return json.loads(data.numpy().tobytes())
+
+
+def open_meeting(dist_url):
+    """Make a place where a second process beside each rank can form a group of their own.
+
+    dist_url: where the ranks have met. All ranks call. Returns (store, meeting): the place stays open as long as rank 0
+    keeps the store; each rank gives its meeting, plain values, to its second process for join_meeting.
+    """
+    meeting = {"rank": get_rank(), "world_size": get_world_size(), "host": None, "port": None}
+    if meeting["world_size"] == 1:
+        return None, meeting
+    store = None
+    if is_main_process():
+        host = urllib.parse.urlparse(dist_url).hostname or os.environ.get("MASTER_ADDR", "localhost")
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        meeting |= {"host": host, "port": store.port}
+    place = broadcast_json({name: meeting[name] for name in ("host", "port")})
+    return store, meeting | place
+
+
+def join_meeting(rank, world_size, host, port, timeout_seconds=1800):
+    """Join the group of second processes, over gloo; the arguments are one rank's meeting, see open_meeting."""
+    if world_size > 1:
+        store = dist.TCPStore(host, port, is_master=False)
+        timeout = timedelta(seconds=timeout_seconds)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 @contextlib.contextmanager
@@ -231,6 +265,15 @@ def set_rng_state(state, device):
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
+@contextlib.contextmanager
+def own_randomness(seed, device):
+    """Within the block torch's generators start from `seed`; afterwards they go on as if it had not been."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
 # --- the files of a run --------------------------------------------------------------------------------
 
 
@@ -247,6 +290,33 @@ def prepare_output_dir(path):
             f"--output-dir {path}: {error.strerror}; choose a folder that can be written"
         ) from error
     return path
+
+
+@contextlib.contextmanager
+def only_run_in(path):
+    """Within the block no other process runs in the folder `path`; what is left of one that crashed is no hindrance.
+
+    The lock is the kernel's, on `path`/.lock, and ends with the process; the file says whose it is. Raises UserError if
+    another process holds it. Where the file system knows no locks, nothing is locked.
+    """
+    import fcntl  # not on Windows
+
+    with open(Path(path) / ".lock", "a+") as file:
+        try:
+            # A POSIX lock: unlike flock's, it does not live on in the loader's workers when this process is killed.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                raise UserError(
+                    f"{path}: another run is at work there ({file.read().strip()}); wait for its end, or give this one "
+                    "another --output-dir"
+                ) from None
+        else:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}\n")
+            file.flush()
+        yield
 
 
 def describe_environment(device):

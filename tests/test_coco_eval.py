@@ -327,7 +327,7 @@ def write(tmp_path, content, name="truth.json"):
 
 def pycocotools_stats(truth, results, iou_type, sigmas=None):
     """What a user of pycocotools does, step by step."""
-    field = coco_eval.RESULT_FIELDS[iou_type]
+    field = RESULT_FIELDS[iou_type]
     results = [{key: r[key] for key in ("image_id", "category_id", "score", field)} for r in results]
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
