@@ -4,24 +4,21 @@ import contextlib
 import io
 import json
 import math
-from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from test_pasting import pycocotools_rles, random_boxes, random_probs, torchvision_frames
-from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 import coco_eval
+import coco_results
+import pasting
 
 ORACLE = Path(__file__).parents[1].parent / "shared" / "oracles" / "coco_val2014_fake100"
 needs_oracle = pytest.mark.skipif(not ORACLE.exists(), reason=f"{ORACLE} is not there")
@@ -40,169 +37,6 @@ GT, BOXES, MASKS = (
     "instances_val2014_fakebbox100_results.json",
     "instances_val2014_fakesegm100_results.json",
 )
-
-
-# --- predictions to results ---------------------------------------------------------------------------------
-
-
-def prediction(num, seed=0, height=60, width=80, **extra):
-    rng = np.random.default_rng(seed)
-    boxes = random_boxes(rng, num, height, width, "inside")
-    labels = torch.from_numpy(rng.integers(1, 4, num))
-    scores = torch.from_numpy(rng.random(num, dtype=np.float32))
-    return {"boxes": boxes, "labels": labels, "scores": scores, **extra}
-
-
-def test_results_by_hand():
-    outputs = [
-        {
-            "boxes": torch.tensor([[1.0, 2.0, 4.0, 8.0], [0.0, 0.5, 10.25, 20.0]]),
-            "labels": torch.tensor([3, 1]),
-            "scores": torch.tensor([0.5, 0.75]),
-            "keypoints": torch.tensor([[[1.0, 2.0, 1.0]], [[3.0, 4.5, 1.0]]]),
-        },
-        {
-            "boxes": torch.zeros(0, 4),
-            "labels": torch.zeros(0, dtype=torch.int64),
-            "scores": torch.zeros(0),
-            "keypoints": torch.zeros(0, 1, 3),
-        },
-    ]
-    results = coco_eval.predictions_to_results(outputs, [42, 7], [(30, 20), (5, 5)], category_ids=[0, 18, 90])
-    assert results == [
-        {"image_id": 42, "category_id": 90, "bbox": [1, 2, 3, 6], "score": 0.5, "keypoints": [1, 2, 1]},
-        {
-            "image_id": 42,
-            "category_id": 0,
-            "bbox": [0, 0.5, 10.25, 19.5],
-            "score": 0.75,
-            "keypoints": [3, 4.5, 1],
-        },
-    ]
-    assert json.loads(json.dumps(results)) == results
-
-
-def test_unpasted_and_pasted_masks_give_the_same_results():
-    sizes = [(60, 80), (33, 47)]
-    rng = np.random.default_rng(3)
-    unpasted, pasted = [], []
-    for height, width in sizes:
-        output, probs = prediction(9, height, height, width), random_probs(rng, 9, "blobs")
-        unpasted.append({**output, "mask_probs": probs})
-        pasted.append(
-            {**output, "masks": paste_masks_in_image(probs[:, None], output["boxes"], (height, width))}
-        )
-    results = coco_eval.predictions_to_results(unpasted, [1, 2], sizes, [1, 2, 3])
-    assert results == coco_eval.predictions_to_results(pasted, [1, 2], sizes, [1, 2, 3])
-    frames = torchvision_frames(unpasted[1]["mask_probs"], unpasted[1]["boxes"], *sizes[1])
-    assert [result["segmentation"] for result in results[9:]] == pycocotools_rles(frames)
-
-
-def test_results_from_threads_and_from_inference_mode():
-    rng = np.random.default_rng(4)
-    outputs = [prediction(20, seed, mask_probs=random_probs(rng, 20, "blobs")) for seed in range(6)]
-    expected = coco_eval.predictions_to_results(outputs, range(6), [(60, 80)] * 6, [5, 6, 7])
-    with torch.inference_mode():
-        outputs = [{name: value * 1 for name, value in output.items()} for output in outputs]
-    with ThreadPoolExecutor(2) as pool:
-        parts = pool.map(
-            lambda n: coco_eval.predictions_to_results([outputs[n]], [n], [(60, 80)], [5, 6, 7]), range(6)
-        )
-        assert [result for part in parts for result in part] == expected
-
-
-def test_a_label_without_a_category_is_refused():
-    with pytest.raises(
-        ValueError, match=r"image 9: predicted labels 1\.\.3, but the annotation file has 2 categories"
-    ):
-        coco_eval.predictions_to_results([prediction(20)], [9], [(60, 80)], [1, 2])
-
-
-@pytest.mark.parametrize("name", ["boxes", "scores"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_prediction_that_is_not_finite_is_refused(name, value):
-    output = prediction(3)
-    output[name].view(-1)[1] = value
-    with pytest.raises(ValueError, match="image 9: a predicted box or score is not finite"):
-        coco_eval.predictions_to_results([output], [9], [(60, 80)], [1, 2, 3])
-
-
-# --- gathering ----------------------------------------------------------------------------------------------
-
-TIMEOUT = timedelta(seconds=20)
-IMAGE_IDS = [30, 10, 20, 5, 40]  # not sorted: the data set's order counts
-
-
-def results_of(image_ids):
-    """What a model finds: equal scores, and nothing in image 5."""
-    return [
-        {"image_id": image_id, "category_id": 1, "bbox": [float(n), 0.1, 2.0, 1 / 3], "score": 0.5}
-        for image_id in image_ids
-        for n in range(0 if image_id == 5 else 3)
-    ]
-
-
-def gather_on_rank(rank, folder):
-    """Run by three processes: gather in groups of 1, 2 and 3 ranks, and leave what each rank got."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), 3)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=3, timeout=TIMEOUT)
-    got = {}
-    for world_size in (1, 2, 3):
-        group = dist.new_group(list(range(world_size)), timeout=TIMEOUT)
-        if rank < world_size:
-            mine = results_of(IMAGE_IDS[rank::world_size])
-            got[f"{world_size} ranks"] = coco_eval.gather_results(mine, IMAGE_IDS, group)
-            if ORACLE.exists():
-                image_ids = [image["id"] for image in oracle(GT)["images"]]
-                mine = set(image_ids[rank::world_size])
-                for name in (BOXES, MASKS):
-                    shard = [result for result in oracle(name) if result["image_id"] in mine]
-                    got[f"{name} of {world_size} ranks"] = coco_eval.gather_results(shard, image_ids, group)
-    few = results_of([10] if rank == 0 else [])
-    got["empty ranks"] = coco_eval.gather_results(few, IMAGE_IDS)
-    for name, image_id in (("twice", 10), ("stranger", 99 if rank == 2 else 10 * rank + 10)):
-        try:
-            coco_eval.gather_results(results_of([image_id]), IMAGE_IDS)
-        except ValueError as error:
-            got[name] = str(error)
-    dist.destroy_process_group()
-    (folder / f"{rank}.json").write_text(json.dumps(got))
-
-
-@pytest.fixture(scope="module")
-def gathered(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gather")
-    # Forked, as loader workers are: three fresh interpreters would import torch for ten seconds.
-    ranks = torch.multiprocessing.start_processes(
-        gather_on_rank, (folder,), nprocs=3, join=False, daemon=True, start_method="fork"
-    )
-    joined = [ranks.join(timeout=30) for _ in range(3)]  # each call waits for one more to end
-    assert joined[-1], "the ranks hang"
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(3)]
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_ranks_gather_what_one_process_finds(gathered, world_size):
-    assert gathered[0][f"{world_size} ranks"] == results_of(IMAGE_IDS)
-    for rank in range(1, world_size):
-        assert gathered[rank][f"{world_size} ranks"] is None
-
-
-def test_ranks_without_results(gathered):
-    assert gathered[0]["empty ranks"] == results_of([10])
-
-
-def test_an_image_of_two_ranks_or_of_another_data_set_is_refused(gathered):
-    assert gathered[0]["twice"].startswith(
-        "image 10 was evaluated by rank 0 and by rank 1; give each image to one"
-    )
-    assert gathered[0]["stranger"] == "rank 2 has results of image 99, which is not in the data set"
-
-
-def test_one_process_without_a_group_sorts_too():
-    shuffled = results_of(sorted(IMAGE_IDS))
-    assert coco_eval.gather_results(shuffled, IMAGE_IDS) == results_of(IMAGE_IDS)
 
 
 # --- scoring: COCO's own oracles ----------------------------------------------------------------------------
@@ -240,17 +74,6 @@ def test_equal_scores_are_ranked_in_the_files_order(evaluator):
     truth = coco_eval.read_ground_truth(ORACLE / GT)
     metrics, _ = coco_eval.score_results(truth, oracle(BOXES)[::-1], ["bbox"], evaluator)
     assert metrics["bbox"]["AP"] != pytest.approx(oracle("expected.json")["bbox"]["AP"], abs=1e-9)
-
-
-@needs_oracle
-@pytest.mark.parametrize("evaluator", EVALUATORS)
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_any_number_of_ranks_reproduces_the_oracles(gathered, evaluator, world_size):
-    truth = coco_eval.read_ground_truth(ORACLE / GT)
-    for iou_type, name in (("bbox", BOXES), ("segm", MASKS)):
-        results = gathered[0][f"{name} of {world_size} ranks"]
-        metrics, _ = coco_eval.score_results(truth, results, [iou_type], evaluator)
-        assert metrics[iou_type] == pytest.approx(oracle("expected.json")[iou_type], rel=0, abs=1e-12)
 
 
 @needs_oracle
@@ -327,7 +150,7 @@ def write(tmp_path, content, name="truth.json"):
 
 def pycocotools_stats(truth, results, iou_type, sigmas=None):
     """What a user of pycocotools does, step by step."""
-    field = RESULT_FIELDS[iou_type]
+    field = coco_results.RESULT_FIELDS[iou_type]
     results = [{key: r[key] for key in ("image_id", "category_id", "score", field)} for r in results]
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
@@ -443,7 +266,8 @@ def test_a_box_off_by_a_pixel_and_an_inverted_mask_cost_ap(tmp_path):
     assert scores_by_both(path, [shifted], ["bbox"])["bbox"]["AP"] == pytest.approx(0.7)
     outside = torch.ones(1, 1, 100, 100)
     outside[:, :, 10:20, 10:20] = 0
-    [inverted] = coco_eval.encode_frames(outside)
+    [inverted] = pasting.encode_frames(outside)
+    inverted = {"size": [100, 100], "counts": inverted.decode()}
     assert scores_by_both(path, [{**result, "segmentation": inverted}], ["segm"])["segm"]["AP"] == 0
 
 
@@ -477,7 +301,7 @@ def test_a_missing_area_is_counted_in_rles_too(tmp_path, counts):
     if counts == "list":
         rle = {"size": [100, 100], "counts": [1010, *[10, 90] * 9, 10, 8080]}
     truth, _ = one_image(segmentation=rle, area=None)
-    assert coco_eval.read_ground_truth(write(tmp_path, truth))["annotations"][0]["area"] == 100
+    assert coco_eval.read_ground_truth(write(tmp_path, truth)).areas.tolist() == [100]
 
 
 def test_a_crowd_alone_is_nothing_to_find(tmp_path):
@@ -544,9 +368,9 @@ def test_results_without_masks_have_no_mask_ap(tmp_path):
 def test_the_arguments_are_left_as_they_are(tmp_path, evaluator, capfd):
     truth, result = one_image()
     dataset = coco_eval.read_ground_truth(write(tmp_path, truth))
-    before = json.dumps([dataset, result])
-    coco_eval.score_results(dataset, [result], ["bbox", "segm"], evaluator)
-    assert json.dumps([dataset, result]) == before
+    before, once = json.dumps(result), coco_eval.score_results(dataset, [result], ["bbox", "segm"], evaluator)
+    assert coco_eval.score_results(dataset, [result], ["bbox", "segm"], evaluator) == once
+    assert json.dumps(result) == before
     assert capfd.readouterr() == ("", "")  # the libraries' chatter is caught
 
 
@@ -717,10 +541,33 @@ def test_the_table():
 
 def test_the_table_of_classes():
     assert coco_eval.format_per_class(
-        {"bbox": {"cat": 0.5, "traffic light": -1.0}, "segm": {"cat": 0.25}}
+        {"bbox": {"cat": 0.5, "traffic light": -1.0, "dog": 1.0}, "segm": {"cat": 0.25, "dog": 0.0}}
     ) == "\n".join(
-        ["class          box AP  mask AP", "cat             0.500    0.250", "traffic light     n/a      n/a"]
+        [
+            "class            box   mask",
+            "cat            0.500  0.250",
+            "traffic light    n/a    n/a",
+            "dog            1.000  0.000",
+        ]
     )
+
+
+def test_many_classes_stand_side_by_side_in_the_order_of_their_ids():
+    names = [f"category no {n:02}" for n in range(80)]  # 14 letters, as COCO's longest has
+    per_class = {kind: {name: n / 100 for n, name in enumerate(names)} for kind in ("bbox", "segm")}
+    lines = coco_eval.format_per_class(per_class).split("\n")
+    # A class takes 14 + 2 + 5 + 2 + 5 = 28 characters, four of them and three gaps 121; five would be too many.
+    assert len(lines) == 21
+    assert lines[0] == "   ".join(["class             box   mask"] * 4)
+    assert lines[1] == "   ".join(
+        f"category no {n:02}  {n / 100:.3f}  {n / 100:.3f}" for n in (0, 20, 40, 60)
+    )
+    odd = {"bbox": dict(list(per_class["bbox"].items())[:43])}
+    lines = coco_eval.format_per_class(odd).split(
+        "\n"
+    )  # 43 classes in five columns: of nine lines the last has four
+    assert len(lines) == 10
+    assert lines[-1] == "   ".join(f"category no {n:02}  {n / 100:.3f}" for n in (8, 17, 26, 35))
 
 
 def test_classes_that_share_a_name_are_told_apart(tmp_path):
@@ -737,7 +584,7 @@ def test_the_command_prints_tables_or_json(tmp_path, capsys):
     assert coco_eval.main([*files, "--per-class"]) == 0
     table = capsys.readouterr().out
     assert "AP     0.50:0.95  all            100  1.000  1.000" in table
-    assert "cat     1.000    1.000" in table
+    assert "cat    1.000  1.000" in table
     assert coco_eval.main([*files, "--iou-type", "segm", "--json", "-"]) == 0
     assert list(json.loads(capsys.readouterr().out)) == ["segm"]
     assert coco_eval.main([*files, "--per-class", "--json", "-"]) == 0

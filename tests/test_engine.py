@@ -139,9 +139,9 @@ def test_loss_window_averages_and_empties():
 def test_predict_keeps_image_order_and_maps_labels():
     batches = Batches([[1.0, 2.0], [3.0]])
     results = predict(TinyDetector(), batches, device=CPU, category_ids=[7, 90])
-    assert [(r["image_id"], r["category_id"], r["score"]) for r in results] == [
+    assert [(found.image_id, *found.category_ids, *found.scores) for found in results] == [
         (0, 90, 1),
         (1, 90, 2),
         (10, 90, 3),
     ]
-    assert results[0]["bbox"] == [0, 0, 2, 2]
+    assert results[0].boxes.tolist() == [[0, 0, 2, 2]]
