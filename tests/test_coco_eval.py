@@ -1,6 +1,7 @@
 """coco_eval against pycocotools, COCO's own oracles, and numbers worked out by hand."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -19,6 +20,7 @@ from pycocotools.cocoeval import COCOeval
 import coco_eval
 import coco_results
 import pasting
+from utils import UserError
 
 ORACLE = Path(__file__).parents[1].parent / "shared" / "oracles" / "coco_val2014_fake100"
 needs_oracle = pytest.mark.skipif(not ORACLE.exists(), reason=f"{ORACLE} is not there")
@@ -204,6 +206,46 @@ def test_the_evaluators_agree_to_the_last_bit(
             assert list(metrics[iou_type].values()) == pycocotools_stats(truth, results, iou_type)
         else:
             assert metrics[iou_type]["AP"] in (0, -1)
+
+
+def test_columns_score_as_the_records_they_hold(tmp_path):
+    rng = np.random.default_rng(8)
+    truth, records = make_data_set(rng, 7, [0, 3, 90], 6, 20, 0.2)
+    path = write(tmp_path, truth)
+    sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
+    stray = {**records[0], "category_id": 7}
+    columns = coco_results.group_records([*records, stray], sizes, ["bbox", "segm"])
+    for evaluator in EVALUATORS:
+        with pytest.warns(UserWarning, match=r"1 results of categories .* \(ids 7\)"):
+            by_columns = coco_eval.score_results(path, columns[::-1], ["bbox", "segm"], evaluator)
+        assert by_columns == coco_eval.score_results(path, records, ["bbox", "segm"], evaluator)
+
+
+def test_any_number_of_images_at_once_gives_the_same_numbers(tmp_path, monkeypatch):
+    truth, records = make_data_set(np.random.default_rng(9), 9, [1, 2], 6, 20, 0.2)
+    path = write(tmp_path, truth)
+    expected = coco_eval.score_results(path, records, ["bbox", "segm"])
+    for count in (1, 4):
+        monkeypatch.setattr(coco_eval, "IMAGES_AT_ONCE", count)
+        assert coco_eval.score_results(path, records, ["bbox", "segm"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "iou_type", "message"),
+    [
+        ({"image_id": 17}, "bbox", r"1 images that the annotation file does not list \(ids 17\)"),
+        ({"scores": np.array([math.nan])}, "bbox", "image 1 has no score of 1 finite numbers"),
+        ({"boxes": np.array([[1, 2, math.inf, 4]])}, "bbox", "image 1 has no bbox of 4 finite numbers"),
+        ({"boxes": None}, "bbox", "image 1 has no bbox"),
+        ({"counts": None}, "segm", r"image 1 has no masks, but it is \[100, 100\]"),
+        ({"size": (100, 99)}, "segm", r"image 1 has masks of size \(100, 99\), but it is \[100, 100\]"),
+    ],
+)
+def test_columns_that_cannot_be_scored_are_refused(tmp_path, change, iou_type, message):
+    truth, record = one_image()
+    (found,) = coco_results.group_records([record], {1: (100, 100)}, ["bbox", "segm"])
+    with pytest.raises(ValueError, match=message):
+        coco_eval.score_results(write(tmp_path, truth), [dataclasses.replace(found, **change)], [iou_type])
 
 
 def test_more_than_100_detections_are_scored_under_another_name(tmp_path):
@@ -426,6 +468,29 @@ def test_each_category_can_have_its_own_sigmas(tmp_path):
     assert metrics["AP"] == pytest.approx(0.45)
     _, per_class = coco_eval.score_results(path, results, ["keypoints"], keypoint_sigmas=sigmas)
     assert per_class["keypoints"] == pytest.approx({"class 0": 0.6, "class 5": 0.3})
+
+
+def test_the_files_sigmas_are_used(tmp_path, capsys):
+    # As above: category 0 has 0.6 by COCO's mean sigma, category 5 with sigmas 0.05 has 0.3.
+    truth, results = two_keypoints(offset=10, category_ids=(5, 0))
+    truth["categories"][0]["sigmas"] = [0.05, 0.05]
+    path = write(tmp_path, truth)
+    assert scores_by_both(path, results, ["keypoints"])["keypoints"]["AP"] == pytest.approx(0.45)
+    assert coco_eval.main([str(path), str(write(tmp_path, results, "results.json")), "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["keypoints"]["AP"] == pytest.approx(0.45)
+    wide = {5: [1.0, 1.0]}  # OKS = exp(−100 / (20,000 · 4)) = 0.9988, above all ten: (0.6 + 1) / 2
+    metrics = scores_by_both(path, results, ["keypoints"], keypoint_sigmas=wide)["keypoints"]
+    assert metrics["AP"] == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("sigmas", [[0.05], [0.05, 0], [0.05, "a"], [0.05, math.nan], 0.05, None])
+def test_sigmas_that_are_none_are_refused(tmp_path, sigmas):
+    truth, results = two_keypoints(offset=10)
+    truth["categories"][0]["sigmas"] = sigmas
+    with pytest.raises(
+        UserError, match=r"category 1 has sigmas .* must be 2 positive numbers, one a keypoint"
+    ):
+        coco_eval.score_results(write(tmp_path, truth), results, ["keypoints"])
 
 
 def test_keypoint_results_are_scored_by_their_own_area_not_their_boxes(tmp_path):
