@@ -23,16 +23,19 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import FrozenBatchNorm2d
 
 import benchmark_fake_data
 import coco_eval
 import coco_results
 import coco_utils
+import compilation
 import engine
 import models
 import optim
 import rcnn
 import reference
+import roi_align
 import train
 import utils
 from benchmark_accuracy import TorchvisionRun
@@ -52,15 +55,30 @@ from transforms import SimpleCopyPaste, build_transforms
 from utils import UserError
 
 IMAGE_MEAN, IMAGE_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-# What our arms change of the usual settings, from torchvision's own modules to everything on.
+# What our arms change of the usual settings: torchvision's own modules, one optimisation off, or one more on.
 VARIANTS = {
     "ours": {},
     "ours-fp32": {"amp": False},
-    "ours-reference-ops": {"reference_ops": True},
-    "ours-reference-ops-fp32": {"reference_ops": True, "amp": False},
-    "ours-folded": {"reference_ops": True, "fold": True},
+    "ours-reference-ops": {"reference_ops": True, "fold": False},
+    "ours-reference-ops-fp32": {"reference_ops": True, "fold": False, "amp": False},
+    "ours-folded": {"reference_ops": True},
     "ours-dense-rpn": {"sparse_rpn": False},
-    "ours-compiled": {"compile": True},
+    "ours-unfolded": {"fold": False},
+    "ours-roi-align-by-level": {"sparse_roi_align": False},
+    "ours-channels-first": {"channels_last": False},
+    "ours-default-allocator": {"keep_memory": False},
+    "ours-compiled": {"compile": "default"},
+    "ours-graphs": {"compile": "reduce-overhead"},
+}
+USUAL = {
+    "amp": True,
+    "reference_ops": False,
+    "fold": True,
+    "sparse_rpn": True,
+    "sparse_roi_align": True,
+    "channels_last": True,
+    "keep_memory": True,
+    "compile": None,
 }
 
 
@@ -206,25 +224,28 @@ class Trainer:
         return (count(3) - count(1)) / 2
 
     def compiled_graphs(self):
-        """Graphs that torch.compile has made so far in this process."""
-        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        return compilation.num_graphs()
 
 
 class OurTrainer(Trainer):
     """engine.train_one_epoch itself, with the model and optimizer that train.py would build."""
 
     def build(self):
-        options = {"amp": True, "reference_ops": False, "fold": False, "sparse_rpn": True, "compile": False}
-        self.options = SimpleNamespace(**{**options, **VARIANTS[self.arm]})
+        self.options = SimpleNamespace(**{**USUAL, **VARIANTS[self.arm]})
         model = build_ours(self.workload, self.dataset, self.eps, self.options.reference_ops)
         model.load_state_dict(self.state_dict)
-        if self.options.fold:
+        if self.options.reference_ops and self.options.fold:
             rcnn.fold_frozen_batch_norms(model.backbone)
+        if not self.options.fold:
+            unfold(model)
         if not self.options.sparse_rpn:
             model.rpn.sparse_backward = False
-        model.to(self.device, memory_format=torch.channels_last)
+        if not self.options.sparse_roi_align:
+            roi_align.FeaturePyramid.roi_align = torchvision_roi_align  # for all of this process
+        layout = torch.channels_last if self.options.channels_last else torch.preserve_format
+        model.to(self.device, memory_format=layout)
         if self.options.compile:
-            model.backbone.compile(dynamic=True)
+            compilation.compile_regions(model, mode=self.options.compile)
         self.amp_dtype = utils.amp_dtype("auto", self.device) if self.options.amp else None
         self.model = model
         self.optimizer = optim.build_optimizer("sgd", optim.parameter_groups(model, 1e-4), self.lr, 0.9)
@@ -283,6 +304,29 @@ class OurTrainer(Trainer):
 
     def precision(self):
         return "fp32" if self.amp_dtype is None else str(self.amp_dtype).removeprefix("torch.")
+
+
+def unfold(model):
+    """Give convolutions and frozen batch norms that were folded their own work back."""
+    for module in model.modules():
+        if isinstance(module, rcnn.FoldedConv2d):
+            module.__class__ = torch.nn.Conv2d
+        elif isinstance(module, rcnn.FoldedBatchNorm2d):
+            module.__class__ = FrozenBatchNorm2d
+
+
+def torchvision_roi_align(pyramid, requests):
+    """FeaturePyramid.roi_align by torchvision's own module: level by level, RoIs sorted by image and back."""
+    pooled = []
+    num_images = len(next(iter(pyramid.features.values())))
+    for pool, boxes, image_index in requests:
+        order = image_index.argsort(stable=True)
+        counts = image_index.bincount(minlength=num_images).tolist()
+        level = next(iter(pyramid.features.values()))
+        size = (pyramid.image_height, pyramid.image_height * level.shape[3] / level.shape[2])
+        found = pool(pyramid.features, list(boxes[order].split(counts)), [size] * num_images)
+        pooled.append(found[order.argsort()].to(level.dtype))
+    return pooled
 
 
 class TorchvisionTrainer(Trainer):
@@ -696,7 +740,8 @@ KINDS = {
 
 
 def start(kind, arm, workload, **settings):
-    if arm in VARIANTS or kind in ("ceiling", "accuracy"):
+    timed_alike = kind in ("ceiling", "accuracy")
+    if VARIANTS[arm].get("keep_memory", True) if arm in VARIANTS else timed_alike:
         utils.keep_freed_memory()  # as train.py does; the others, where they are timed, have their users' allocator
     return KINDS[kind](arm=arm, workload=Workload(**workload), **settings)
 

@@ -43,6 +43,8 @@ GPU_CASES = (
     GpuCase("torchvision", 2, "fixed"),
     GpuCase("ours", 12, "loader"),
     GpuCase("ours-compiled", 16, "fixed"),
+    GpuCase("ours-graphs", 2, "fixed"),
+    GpuCase("ours-graphs", 16, "fixed"),
     GpuCase("ours-dense-rpn", 16, "fixed"),
     GpuCase("ours-folded", 16, "fixed"),
     GpuCase("ours-reference-ops", 16, "fixed"),
@@ -51,6 +53,7 @@ GPU_CASES = (
     GpuCase("ours", 32, "fixed"),
     GpuCase("torchvision-amp", 16, "fixed", again=True),
 )
+COMPILED = ("ours-compiled", "ours-graphs")
 FIXED_SIZE = ((480, 806, 1),)  # resized to 793×1333, padded to 800×1344
 TRACE_STEPS = 20
 SMOKE = {"backbone": "resnet18", "min_size": 64, "max_size": 96}
@@ -161,7 +164,7 @@ def measure_case(args, arms, case, work, seconds):
         "memory": ask("memory"),
         "syncs": ask("count_syncs") if args.device.startswith("cuda") else None,
         # Hooks would be compiled too, again.
-        "breakdown": ask("breakdown", steps=1 if args.smoke else 5) if "compiled" not in case.arm else None,
+        "breakdown": None if case.arm in COMPILED else ask("breakdown", steps=1 if args.smoke else 5),
     }
 
 
