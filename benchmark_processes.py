@@ -41,10 +41,7 @@ class Arm:
 
     def ask(self, call, **arguments):
         """The answer to one call. Raises UserError, Unavailable or ArmError as the process says."""
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps({"call": call, "arguments": arguments}) + "\n")
-            self.process.stdin.flush()
-        line = self.process.stdout.readline()
+        line = self.talk(json.dumps({"call": call, "arguments": arguments}) + "\n")
         if not line:
             status = self.process.wait()
             self.errors.seek(0)
@@ -58,6 +55,13 @@ class Arm:
         if "failed" in answer:
             raise ArmError(f"{self.name}: failed in {call!r}\n{answer['failed'].strip()}")
         return answer["result"]
+
+    def talk(self, request):
+        """Its line of answer to a line; "" if it has ended."""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(request)
+            self.process.stdin.flush()
+        return self.process.stdout.readline()
 
     def close(self):
         with contextlib.suppress(BrokenPipeError):

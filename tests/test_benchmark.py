@@ -2,8 +2,10 @@ import io
 import json
 import mmap
 import os
+import queue
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,7 +28,6 @@ from benchmark_models import Workload, build_ours, build_torchvision, load_weigh
 from benchmark_processes import Arm, ArmError, Arms, TreeMemory, Unavailable, rotated
 from benchmark_report import between, format_markdown, format_table, number, ratio, spread, times
 from coco_utils import CocoDataset, dataset_paths
-from roi_align import FeaturePyramid
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -484,30 +485,6 @@ def test_ours_runs_the_real_loop_and_learns_the_same_as_torchvision(workload, mo
         assert first["ours-fp32"][term] == pytest.approx(value, rel=0.2), term
 
 
-@pytest.mark.parametrize(
-    ("name", "applies"),
-    [
-        ("ours-dense-rpn", lambda model: not model.rpn.sparse_backward),
-        ("ours-unfolded", lambda model: not any("Folded" in type(m).__name__ for m in model.modules())),
-        (
-            "ours-roi-align-by-level",
-            lambda model: FeaturePyramid.roi_align is benchmark_arms.torchvision_roi_align,
-        ),
-        ("ours-channels-first", lambda model: model.rpn.head.conv[0][0].weight.is_contiguous()),
-    ],
-)
-def test_an_optimisation_switched_off_changes_no_loss(workload, monkeypatch, name, applies):
-    monkeypatch.setattr(FeaturePyramid, "roi_align", FeaturePyramid.roi_align)  # to have it back afterwards
-    monkeypatch.setattr("utils.amp_dtype", lambda choice, device: None)
-    losses = []
-    for arm in (benchmark_arms.trainer("ours", workload), benchmark_arms.trainer(name, workload)):
-        torch.manual_seed(0)
-        losses.append(arm.trace(1)[0])
-    assert applies(arm.model)
-    for term, value in losses[0].items():
-        assert losses[1][term] == pytest.approx(value, rel=1e-3), term
-
-
 @pytest.mark.parametrize("name", ["ours", "torchvision"])
 def test_a_step_in_parts(workload, name):
     arm = benchmark_arms.trainer(name, workload)
@@ -600,8 +577,36 @@ def test_gpu_cases():
         benchmark_gpu.gpu_cases(args, cuda=False)
 
 
+class ArmInThisProcess(Arm):
+    """An arm that need not import torch again: the same conversation, with a thread of the tests."""
+
+    def __init__(self, name):
+        self.name, self.requests, self.answers = name, queue.Queue(), queue.Queue()
+        self.thread = threading.Thread(target=self.serve, daemon=True)
+        self.thread.start()
+
+    def serve(self):
+        answers = SimpleNamespace(write=self.answers.put, flush=lambda: None)
+        benchmark_arms.serve(iter(self.requests.get, None), answers)
+
+    def talk(self, request):
+        self.requests.put(request)
+        return self.answers.get(timeout=300)
+
+    def close(self):
+        self.requests.put(None)
+        self.thread.join()
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Let arms work here; that they can do so in processes of their own is for test_startup_from_end_to_end."""
+    monkeypatch.setattr("benchmark_processes.Arm", ArmInThisProcess)
+    monkeypatch.setattr("benchmark_setup.Arm", ArmInThisProcess)
+
+
 @pytest.mark.slow
-def test_train_from_end_to_end(tmp_path, capsys):
+def test_train_from_end_to_end(in_this_process, tmp_path, capsys):
     file = tmp_path / "train.json"
     flags = ["--use-fake-data", "--arms", "ours,torchvision", "--rounds", "2", "--num-batches", "1"]
     flags += ["-b", "1", "--breakdown-steps", "1", "--device", "cpu", "--json", str(file), "--markdown"]
@@ -616,7 +621,7 @@ def test_train_from_end_to_end(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_gpu_protocol_in_its_small_form(tmp_path):
+def test_the_gpu_protocol_in_its_small_form(in_this_process, tmp_path):
     file = tmp_path / "gpu.json"
     flags = ["gpu", "--device", "cpu", "--smoke", "--threads", "1", "--workers", "1", "--json", str(file)]
     assert benchmark.main([*flags, "--cases", "ours/2/fixed"]) == 0
@@ -629,7 +634,8 @@ def test_the_gpu_protocol_in_its_small_form(tmp_path):
 
 
 @pytest.mark.slow
-def test_startup_from_end_to_end(tmp_path):
+def test_startup_from_end_to_end(in_this_process, tmp_path):
+    # The timed starts are real processes; the watched ones differ from them in how long they live alone.
     file = tmp_path / "startup.json"
     flags = [
         "--use-fake-data",
@@ -644,5 +650,6 @@ def test_startup_from_end_to_end(tmp_path):
     ]
     assert benchmark.main(["startup", *flags, "--watch-batches", "10", "--json", str(file)]) == 0
     found = json.loads(file.read_text())["measurements"]
-    assert found["rounds"]["ours"][0]["tree_mb"] >= found["rounds"]["ours"][0]["host_mb"]
+    for answers in found["rounds"].values():
+        assert answers[0]["tree_mb"] >= answers[0]["host_mb"] >= answers[0]["imports_mb"] > 100
     assert [len(looks) for looks in found["workers"]["ours"]["unique_mb"]] == [2] * 5
