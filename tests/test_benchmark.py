@@ -28,6 +28,7 @@ from benchmark_models import Workload, build_ours, build_torchvision, load_weigh
 from benchmark_processes import Arm, ArmError, Arms, TreeMemory, Unavailable, rotated
 from benchmark_report import between, format_markdown, format_table, number, ratio, spread, times
 from coco_utils import CocoDataset, dataset_paths
+from roi_align import FeaturePyramid
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -483,6 +484,30 @@ def test_ours_runs_the_real_loop_and_learns_the_same_as_torchvision(workload, mo
     assert set(first["ours-fp32"]) == set(first["torchvision"])
     for term, value in first["torchvision"].items():
         assert first["ours-fp32"][term] == pytest.approx(value, rel=0.2), term
+
+
+@pytest.mark.parametrize(
+    ("name", "applies"),
+    [
+        ("ours-dense-rpn", lambda model: not model.rpn.sparse_backward),
+        ("ours-unfolded", lambda model: not any("Folded" in type(m).__name__ for m in model.modules())),
+        (
+            "ours-roi-align-by-level",
+            lambda model: FeaturePyramid.roi_align is benchmark_arms.torchvision_roi_align,
+        ),
+        ("ours-channels-first", lambda model: model.rpn.head.conv[0][0].weight.is_contiguous()),
+    ],
+)
+def test_an_optimisation_switched_off_changes_no_loss(workload, monkeypatch, name, applies):
+    monkeypatch.setattr(FeaturePyramid, "roi_align", FeaturePyramid.roi_align)  # to have it back afterwards
+    monkeypatch.setattr("utils.amp_dtype", lambda choice, device: None)
+    losses = []
+    for arm in (benchmark_arms.trainer("ours", workload), benchmark_arms.trainer(name, workload)):
+        torch.manual_seed(0)
+        losses.append(arm.trace(1)[0])
+    assert applies(arm.model)
+    for term, value in losses[0].items():
+        assert losses[1][term] == pytest.approx(value, rel=1e-3), term
 
 
 @pytest.mark.parametrize("name", ["ours", "torchvision"])
