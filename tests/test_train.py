@@ -3,7 +3,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 import coco_eval
 import shapes
 import train
+from utils import UserError
 
 ROOT = Path(__file__).parents[1]
 COCO128 = ROOT.parent / "shared" / "data" / "coco128"
@@ -73,7 +76,7 @@ def numbers(metrics):
 def finished(data, tmp_path_factory):
     """A run of two epochs of four steps, and its folder."""
     output = tmp_path_factory.mktemp("run") / "out"
-    assert run(data, output, "--epochs", 2, "--ema-decay", 0.5) == 0
+    assert run(data, output, "--epochs", 2, "--ema-decay", 0.5, "--val-loss") == 0
     return output
 
 
@@ -145,6 +148,74 @@ def test_resume_goes_on_as_if_never_stopped(data, finished, tmp_path):
     assert records(part)[-1]["train"]["losses"] == records(finished)[-1]["train"]["losses"]
 
 
+def open_patient_evaluator(output_dir, **settings):
+    """train.open_evaluator, but the first evaluation waits until a later training step is done."""
+    evaluate = train.open_evaluator(output_dir=output_dir, **settings)
+
+    def wait_and_evaluate(weights):
+        deadline = time.monotonic() + 300
+        while not Path(output_dir, "a later step").exists():
+            assert time.monotonic() < deadline, "no training step while the evaluation ran"
+            time.sleep(0.05)
+        return evaluate(weights)
+
+    return wait_and_evaluate
+
+
+@pytest.mark.slow
+def test_evaluation_beside_training_gives_the_numbers_of_evaluation_between(
+    data, finished, tmp_path, monkeypatch
+):
+    """Training steps are done while an evaluation runs, and all that the run leaves is equal to the last digit."""
+    output = tmp_path / "async"
+    monkeypatch.setattr(train, "open_evaluator", open_patient_evaluator)
+    say = train.RunLog.train
+
+    def note_step(self, record):
+        if record["step"] == 6:  # of the second epoch; the first was evaluated after step 4
+            (output / "a later step").touch()
+        say(self, record)
+
+    monkeypatch.setattr(train.RunLog, "train", note_step)
+    assert run(data, output, "--epochs", 2, "--ema-decay", 0.5, "--async-eval", "--val-loss") == 0
+    for ours, theirs in zip(records(output), records(finished), strict=True):
+        assert numbers(ours["eval"]) == numbers(theirs["eval"])
+        assert ours["eval"]["loss"] == theirs["eval"]["loss"]
+        assert ours["train"]["losses"] == theirs["train"]["losses"]
+        assert (ours["epoch"], ours["step"]) == (theirs["epoch"], theirs["step"])
+    assert (output / "detections.json").read_bytes() == (finished / "detections.json").read_bytes()
+    for name in ("checkpoint.pth", "best.pth", "model_0.pth", "model_1.pth"):
+        ours, theirs = (torch.load(path / name, weights_only=True) for path in (output, finished))
+        assert ours["progress"] == theirs["progress"], name
+        for key, value in theirs["model_ema"].items():
+            assert torch.equal(value, ours["model_ema"][key]), (name, key)
+    assert not list(output.glob(".*.pth"))  # the snapshot is gone
+
+
+def test_evaluations_leave_the_random_stream_of_training_alone(finished, data, tmp_path):
+    """Without any evaluation the weights are the same."""
+    assert run(data, tmp_path, "--epochs", 2, "--ema-decay", 0.5, "--mode", "train") == 0
+    ours, theirs = (torch.load(path / "checkpoint.pth", weights_only=True) for path in (tmp_path, finished))
+    for name, value in theirs["model"].items():
+        assert torch.equal(value, ours["model"][name]), name
+    assert all(torch.equal(a["cpu"], b["cpu"]) for a, b in zip(ours["rng"], theirs["rng"], strict=True))
+
+
+def open_failing_evaluator(**settings):
+    raise UserError("image 7 is broken; replace it")
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_fails_beside_training_ends_the_run(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "open_evaluator", open_failing_evaluator)
+    assert run(data, tmp_path, "--epochs", 2, "--async-eval") == 1
+    assert (
+        capsys.readouterr().err == "error: the evaluation of step 4 failed: image 7 is broken; replace it\n"
+    )
+    assert records(tmp_path)[0]["eval"] is None and records(tmp_path)[0]["train"] is not None
+    assert (tmp_path / "checkpoint.pth").exists()
+
+
 def test_a_finished_run_has_nothing_to_resume(data, finished, capsys):
     before = (finished / "checkpoint.pth").stat().st_mtime_ns
     assert run(data, finished, "--resume", "auto", "--epochs", 2, "--ema-decay", 0.5) == 0
@@ -171,13 +242,21 @@ def test_two_processes_evaluate_as_one(data, finished, tmp_path, launcher):
 
 
 @pytest.mark.slow
-def test_two_processes_train_together(data, tmp_path):
-    done = run_elsewhere(LAUNCHERS["torchrun"], data, tmp_path, "--epochs", "1")
-    assert done.returncode == 0, done.stderr
-    (record,) = records(tmp_path)
-    assert record["step"] == 2  # eight images, two ranks of two
-    assert all(0 <= value < 100 for value in record["train"]["losses"].values())
-    assert len(torch.load(tmp_path / "checkpoint.pth", weights_only=True)["rng"]) == 2
+def test_two_processes_train_together_and_evaluate_beside_training(data, tmp_path):
+    found = {}
+    for name, flags in (("between", []), ("beside", ["--async-eval"])):
+        output = tmp_path / name
+        done = run_elsewhere(LAUNCHERS["torchrun"], data, output, "--epochs", "2", *flags)
+        assert done.returncode == 0, done.stderr
+        found[name] = records(output)
+        assert [record["step"] for record in found[name]] == [2, 4]  # eight images, two ranks of two
+        assert all(0 <= value < 100 for value in found[name][0]["train"]["losses"].values())
+        assert len(torch.load(output / "checkpoint.pth", weights_only=True)["rng"]) == 2
+    for ours, theirs in zip(found["beside"], found["between"], strict=True):
+        assert numbers(ours["eval"]) == numbers(theirs["eval"])
+        assert ours["train"]["losses"] == theirs["train"]["losses"]
+    ours, theirs = (tmp_path / name / "detections.json" for name in found)
+    assert ours.read_bytes() == theirs.read_bytes()
 
 
 @pytest.mark.slow
@@ -226,6 +305,64 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(data, tmp_pat
         )
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+def test_a_mistake_found_before_the_first_step_and_one_found_after_it(data, tmp_path, capsys, monkeypatch):
+    """An image that breaks once the data set is open: in the first batch it is bad input (2), later a failure (1)."""
+    open_loader = train.build_train_loader
+    flags = ("--epochs", 1, "--mode", "train", "--batch-size", 1, "--total-steps", 2)
+    for status, number in ((2, 0), (1, 1)):
+
+        def open_and_break(args, dataset, workers, device, number=number):
+            loader = open_loader(args, dataset, workers, device)
+            ((_, index),) = list(loader.batch_sampler)[number]
+            monkeypatch.setattr(dataset, "_load", break_at(index, dataset._load))
+            return loader
+
+        monkeypatch.setattr(train, "build_train_loader", open_and_break)
+        assert run(data, tmp_path / str(status), *flags) == status
+        printed = capsys.readouterr()
+        assert printed.err == "error: a.png is damaged; fetch it again\n"
+        assert ("step 1/2" in printed.out) == (status == 1)
+
+
+def break_at(broken, load):
+    def load_or_raise(index):
+        if index == broken:
+            raise UserError("a.png is damaged; fetch it again")
+        return load(index)
+
+    return load_or_raise
+
+
+def test_fake_data_needs_no_loader_and_leaves_nothing_to_resume(data, tmp_path, capsys):
+    flags = ["--model=maskrcnn_resnet50_fpn", "--total-steps", "2", "--use-fake-data"]
+    assert run(data, tmp_path, *flags) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "from memory; the same command without --use-fake-data is data-bound if it takes more than" in printed
+    )
+    assert "8 classes" not in printed and "6 classes" in printed  # the data set's, of which no image is read
+    assert not list(tmp_path.glob("*.pth"))
+    assert records(tmp_path)[0]["eval"] is None and records(tmp_path)[0]["step"] == 2
+
+
+def limit(batch_seconds, data_seconds, device="cpu", **flags):
+    args = SimpleNamespace(batch_size=2, use_fake_data=False, compile=None, amp=False)
+    for name, value in flags.items():
+        setattr(args, name, value)
+    return train.describe_limit(args, torch.device(device), None, 1, batch_seconds, data_seconds)
+
+
+def test_the_last_lines_say_what_is_the_limit():
+    assert limit(0.2, 0.1) == (
+        "a batch of 2 took 200 ms, 100 ms of it (50%) waiting for images\n"
+        "data-bound: 50% of each step waits for data; try --workers 2"
+    )
+    assert limit(0.2, 0.01).split("\n")[1].startswith("compute-bound: ")
+    assert limit(0.2, 0.01, device="cuda").split("\n")[1].startswith("compute-bound or sync-bound: ")
+    # A tenth of the whole may be waiting: 180 / (1 - 0.1) = 200 ms.
+    assert limit(0.18, 0, use_fake_data=True).endswith("it takes more than 200 ms, else compute-bound")
 
 
 @pytest.mark.slow
