@@ -62,6 +62,9 @@ def test_recipes_hold_several_flags_a_line_and_comments(tmp_path):
         (["--train-annotations", "a.json"], "go together"),
         (["--val-images", "a"], "go together"),
         (["--resume", "auto"], "--resume auto needs --output-dir"),
+        (["--use-fake-data", "--test-only", "--resume", "x"], "it evaluates nothing and resumes nothing"),
+        (["--use-fake-data", "--resume", "x"], "it evaluates nothing and resumes nothing"),
+        (["--use-fake-data", "--data-augmentation", "lsj", "--use-copypaste"], "leave out --use-copypaste"),
         (["--no-such-flag"], "unrecognized arguments"),
     ],
 )
@@ -74,3 +77,9 @@ def test_contradictions_are_one_line(capsys, flags, message):
 def test_short_forms_are_resolved():
     assert parse("--test-only", "--resume", "x.pth").mode == "eval"
     assert parse("--sync-bn").norm == "sync"
+
+
+def test_fake_data_means_cocos_sizes_and_a_hundred_steps_of_training_alone():
+    args = parse("--use-fake-data")
+    assert (args.dataset, args.mode, args.total_steps, args.backbone) == ("coco", "train", 100, None)
+    assert parse("--use-fake-data", "--epochs", "2").total_steps is None

@@ -45,6 +45,22 @@ def test_links_are_not_changed_by_the_next_save(tmp_path):
     )
 
 
+def test_amending_changes_the_progress_under_all_names_of_a_checkpoint_and_of_no_other(tmp_path):
+    first, second = example(), example()
+    snapshot = tmp_path / ".evaluating.pth"
+    checkpoints.save(first, tmp_path / "checkpoint.pth", tmp_path / "model_0.pth", snapshot)
+    checkpoints.save(
+        second, tmp_path / "checkpoint.pth"
+    )  # the next one; the snapshot is still being evaluated
+    checkpoints.amend(snapshot, {"best": 0.5, "best_epoch": 0}, tmp_path / "best.pth")
+    for name in ("model_0.pth", "best.pth", ".evaluating.pth"):
+        amended = checkpoints.load(tmp_path / name)
+        assert amended["progress"] == {**first["progress"], "best": 0.5, "best_epoch": 0}
+        assert torch.equal(amended["model"]["weight"], first["model"]["weight"])
+    assert checkpoints.load(tmp_path / "checkpoint.pth")["progress"] == second["progress"]
+    assert len(os.listdir(tmp_path)) == 4
+
+
 def test_a_failed_save_leaves_the_previous_checkpoint_and_no_litter(tmp_path, monkeypatch):
     first = example()
     checkpoints.save(first, tmp_path / "checkpoint.pth")

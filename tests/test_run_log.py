@@ -1,13 +1,16 @@
 import json
 
+import cv2
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import figures
 from run_log import RunLog, short_name
 
 RECORD = {
     "step": 10, "epoch": 1, "losses": {"loss_mask": 0.5, "loss_box_reg": 0.25}, "lr": 0.02, "grad_norm": 1.0,
-    "images_per_second": 4.0, "data_seconds": 0.01, "memory_mb": 2048.0,
+    "images_per_second": 4.0, "batch_seconds": 0.5, "data_seconds": 0.01, "memory_mb": 2048.0,
 }  # fmt: skip
 
 
@@ -51,6 +54,29 @@ def test_tensorboard_has_the_scalars_under_their_steps(log, tmp_path):
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss_mask")] == [(10, 0.5)]
     assert [(e.step, e.value) for e in events.Scalars("eval_bbox/AP")] == [(10, 0.5)]
+
+
+def test_a_picture_goes_to_tensorboard_as_it_looks(log, tmp_path):
+    picture = np.zeros((4, 5, 3), np.uint8)
+    picture[..., 0] = 255  # red
+    figures.write(tmp_path / "x.png", picture)
+    log.picture("x", tmp_path / "x.png", 7)
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    (image,) = events.Images("x")
+    decoded = cv2.imdecode(np.frombuffer(image.encoded_image_string, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    assert image.step == 7 and np.array_equal(decoded, picture)
+
+
+def test_the_pace_is_the_median_of_the_records(log):
+    for batch_seconds, data_seconds in (
+        (9.0, 8.0),
+        (0.5, 0.1),
+        (0.4, 0.2),
+    ):  # the first one waited for workers to start
+        log.train({**RECORD, "batch_seconds": batch_seconds, "data_seconds": data_seconds})
+    assert log.pace() == (0.5, 0.2)
 
 
 def test_other_ranks_are_silent(tmp_path, capsys, monkeypatch):
