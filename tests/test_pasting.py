@@ -110,3 +110,33 @@ def test_the_fast_resize_is_much_nearer_to_torch_than_its_tolerance(side):
         pasting._resize_exactly(probs, 97, size, exact)
         largest = max(largest, np.abs(fast - exact).max())
     assert largest < pasting.RESIZE_TOLERANCE * (side + 2) / 2
+
+
+@pytest.mark.parametrize("side", [14, 28, 56])
+@pytest.mark.parametrize("kind", ["steps", "smooth"])
+def test_single_pixels_are_as_near_to_torchs_as_they_say(side, kind):
+    rng = np.random.default_rng([side, len(kind)])
+    share = 0.0
+    for width, height in [(1, 1), (2, 3), (29, 30), (31, 100), (60, 58), (333, 97), (640, 71), (1333, 50)]:
+        probs = rng.random((2, side + 2, side + 2), dtype=np.float32)
+        if kind == "steps":
+            probs = probs.round()
+        exact = np.empty((width, height), np.float32)
+        pasting._resize_exactly(probs[1], width, height, exact)
+        places = np.stack(np.meshgrid(np.arange(width), np.arange(height), indexing="ij"), axis=2).reshape(
+            -1, 2
+        )
+        ones = np.ones(len(places), np.int64)
+        values, tolerances = pasting._resized_pixels(probs, ones, places, ones[:, None] * [width, height])
+        share = max(share, (np.abs(values - exact.reshape(-1)) / tolerances).max())
+    assert share < 1
+
+
+def test_few_masks_are_resized_twice(monkeypatch):
+    """What is near the threshold is decided pixel by pixel, or every sixth mask would be resized by torch as well."""
+    resize, again = pasting._resize_exactly, []
+    monkeypatch.setattr(pasting, "_resize_exactly", lambda *args: again.append(1) or resize(*args))
+    rng = np.random.default_rng(2)
+    probs, boxes = random_probs(rng, 300, "blobs"), random_boxes(rng, 300, 480, 640, "inside")
+    pasting.encode_masks(probs, boxes, 480, 640)
+    assert len(again) < 15
