@@ -101,8 +101,8 @@ def _paste_columns(mask_probs, boxes, height, width):
         parts = [values[s : s + n] for s, n in zip(starts.tolist(), lengths[members].tolist(), strict=True)]
         for d, part in zip(members.tolist(), parts, strict=True):
             _resize_mask(_resize_fast, probs[d], boxes[d], rects[d], part)
-        bits = values > MASK_THRESHOLD
-        near = np.flatnonzero(np.abs(values - MASK_THRESHOLD) <= tolerance)
+        bits = values > MASK_THRESHOLD - tolerance
+        near = np.flatnonzero(bits != (values > MASK_THRESHOLD + tolerance))
         owners = np.searchsorted(starts, near, side="right") - 1
         d = members[owners]
         column, row = np.divmod(near - starts[owners], strides[d])
