@@ -112,7 +112,7 @@ def measure_after_forward(args, report, folder, data, peers):
             total[name] / total["ours"],
             memory[name]["host_mb"],
             own[name],
-            own[name] / own["ours"],
+            own[name] / own["ours"] if own["ours"] else None,  # few detections fit what imports left free
         ]
         for name in memory
     ]

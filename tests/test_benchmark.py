@@ -19,6 +19,7 @@ import benchmark_arms
 import benchmark_fake_data
 import benchmark_gpu
 import benchmark_train
+import checkpoint as checkpoints
 import engine
 import instruments
 import models
@@ -643,6 +644,33 @@ def test_train_from_end_to_end(in_this_process, tmp_path, capsys):
     assert 0 < content["measurements"]["ceilings"]["ours"]["covered"] <= 1
     printed = capsys.readouterr().out
     assert "| torchvision (fp32) |" in printed and content["environment"]["torch"] in printed
+
+
+@pytest.mark.slow
+def test_evaluation_of_a_checkpoint_from_end_to_end(in_this_process, workload, fake, tmp_path):
+    state, eps = load_weights(workload)
+    dataset = workload.dataset()
+    content = {"model": state, "classes": dataset.classes, "category_ids": dataset.category_ids}
+    checkpoints.save({**content, "norm": {"type": "frozen", "eps": eps}}, tmp_path / "checkpoint.pth")
+    file = tmp_path / "eval.json"
+    flags = [
+        "--data-path",
+        str(fake[0].parent),
+        "--checkpoint",
+        str(tmp_path / "checkpoint.pth"),
+        "--json",
+        str(file),
+    ]
+    flags += "--against torchvision --device cpu --batch-sizes 1 --steps 1 --rounds 1 --num-batches 1".split()
+    flags += "--breakdown-steps 1 --detections-images 4".split()
+    assert benchmark.main(["eval", *flags, *TINY_FLAGS]) == 0
+    content = json.loads(file.read_text())
+    scores = content["measurements"]["scores"]
+    assert {"ours", "ours-reference-ops-fp32", "torchvision"} <= set(scores)
+    # One checkpoint, one truth; a random model finds next to nothing, whoever runs it.
+    for arm in scores.values():
+        assert arm["segm"]["AP"] == pytest.approx(scores["torchvision"]["segm"]["AP"], abs=1e-3)
+    assert content["notes"] == ["24 of the 24 numbers are equal to the last bit"]
 
 
 @pytest.mark.slow
