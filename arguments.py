@@ -46,6 +46,10 @@ def get_parser(description):
     data.add_argument("--val-images", help="folder of validation images")
     data.add_argument("--val-annotations", help="COCO json of the validation images")
     data.add_argument("--keep-empty", action="store_true", help="train on images without objects too")
+    data.add_argument(
+        "--skip-broken", action="store_true",
+        help="train on the next image in place of one that cannot be decoded, instead of ending with its name",
+    )  # fmt: skip
     data.add_argument("--train-samples", type=int, help="train on a fixed random subset of so many images")
     data.add_argument(
         "--use-fake-data", action="store_true",

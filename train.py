@@ -114,6 +114,7 @@ def build_datasets(args):
             *paths["train"],
             training=True,
             keep_empty=args.keep_empty,
+            skip_broken=args.skip_broken,
             num_samples=args.train_samples,
             seed=args.seed,
             **fields,

@@ -294,6 +294,31 @@ def test_sigterm_saves_and_a_resume_goes_on(data, tmp_path):
         assert torch.equal(value, resumed["model"][name]), name
 
 
+@pytest.mark.slow
+def test_sigterm_waits_for_the_evaluation_beside_training(data, tmp_path):
+    """The signal comes while the first epoch is evaluated: its numbers are logged, its best score is saved."""
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, "--data-path", str(data)]
+    process = subprocess.Popen(
+        [*command, "--output-dir", str(tmp_path), "--epochs", "30", "--async-eval"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for line in process.stdout:
+        if "step 5/" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.communicate(timeout=400)[0]
+    assert process.returncode == 143, rest
+    (record,) = records(tmp_path)
+    assert (record["epoch"], record["step"]) == (0, 4)
+    best = max(-1.0, record["eval"]["segm"]["AP"])
+    saved = {name: torch.load(tmp_path / name, weights_only=True) for name in ("checkpoint.pth", "best.pth")}
+    assert saved["best.pth"]["progress"]["step"] == 4 < saved["checkpoint.pth"]["progress"]["step"]
+    assert all(content["progress"]["best"] == best for content in saved.values())
+    assert not list(tmp_path.glob(".*.pth"))
+
+
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(data, tmp_path):
     weights = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -363,6 +388,18 @@ def test_the_last_lines_say_what_is_the_limit():
     assert limit(0.2, 0.01, device="cuda").split("\n")[1].startswith("compute-bound or sync-bound: ")
     # A tenth of the whole may be waiting: 180 / (1 - 0.1) = 200 ms.
     assert limit(0.18, 0, use_fake_data=True).endswith("it takes more than 200 ms, else compute-bound")
+
+
+def test_a_broken_image_ends_the_run_or_is_skipped(tmp_path, capsys):
+    data = shapes.write_shapes(tmp_path / "data", num_train=4, num_val=1)
+    broken = sorted((data / "train2017").iterdir())[1]
+    broken.write_bytes(broken.read_bytes()[:-200])
+    flags = ("--epochs", 1, "--mode", "train", "--keep-empty")
+    assert run(data, tmp_path / "strict", *flags) in (1, 2)
+    assert broken.name in capsys.readouterr().err
+    with pytest.warns(UserWarning, match=f"{broken.name}.*skipped"):
+        assert run(data, tmp_path / "lenient", *flags, "--skip-broken") == 0
+    assert records(tmp_path / "lenient")[-1]["step"] == 2
 
 
 @pytest.mark.slow
