@@ -653,16 +653,10 @@ def test_evaluation_of_a_checkpoint_from_end_to_end(in_this_process, workload, f
     content = {"model": state, "classes": dataset.classes, "category_ids": dataset.category_ids}
     checkpoints.save({**content, "norm": {"type": "frozen", "eps": eps}}, tmp_path / "checkpoint.pth")
     file = tmp_path / "eval.json"
-    flags = [
-        "--data-path",
-        str(fake[0].parent),
-        "--checkpoint",
-        str(tmp_path / "checkpoint.pth"),
-        "--json",
-        str(file),
-    ]
-    flags += "--against torchvision --device cpu --batch-sizes 1 --steps 1 --rounds 1 --num-batches 1".split()
-    flags += "--breakdown-steps 1 --detections-images 4".split()
+    flags = ["--data-path", str(fake[0].parent), "--json", str(file), "--device", "cpu"]
+    flags += ["--against", "torchvision", "--checkpoint", str(tmp_path / "checkpoint.pth")]
+    flags += ["--batch-sizes", "1", "--steps", "1", "--rounds", "1", "--num-batches", "1"]
+    flags += ["--breakdown-steps", "1", "--detections-images", "4"]
     assert benchmark.main(["eval", *flags, *TINY_FLAGS]) == 0
     content = json.loads(file.read_text())
     scores = content["measurements"]["scores"]
