@@ -27,13 +27,6 @@ from utils import UserError, is_distributed
 NAMES = list_models(module=detection)
 NORMS = ("frozen", "batch", "sync", "group")
 GROUP_NORM_GROUPS = 32
-NORM_KINDS = (
-    (FrozenBatchNorm2d, "frozen"),
-    (nn.SyncBatchNorm, "sync"),
-    (nn.BatchNorm2d, "batch"),
-    (nn.GroupNorm, "group"),
-    (nn.LayerNorm, "layer"),
-)
 # Stages that train by default once the backbone is pretrained, by builder; the others train 3. Source: torchvision.
 DEFAULT_TRAINABLE = {"ssd300_vgg16": 4, "ssdlite320_mobilenet_v3_large": 6}
 # Builders whose pretrained backbones keep live BatchNorm in torchvision; those of the others are frozen.
@@ -353,7 +346,7 @@ def convert_norm(module, kind):
     if kind not in NORMS:
         raise UserError(f"--norm {kind}: choose one of {', '.join(NORMS)}")
     for name, child in module.named_children():
-        if isinstance(child, (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)):
+        if isinstance(child, (nn.BatchNorm2d, FrozenBatchNorm2d)):
             setattr(module, name, converted_norm(child, kind))
         else:
             convert_norm(child, kind)
@@ -375,15 +368,22 @@ def converted_norm(old, kind):
     return new
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """torch's layer, which knows accelerators only, also on CPU ranks: same numbers, summed over gloo."""
+class SyncBatchNorm(nn.BatchNorm2d):
+    """torch's nn.SyncBatchNorm on GPUs; on CPU ranks, where torch has none, the same numbers summed over gloo.
+
+    It is no nn.SyncBatchNorm itself, which DistributedDataParallel refuses on a CPU.
+    """
+
+    process_group = None
+    _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
 
     def forward(self, x):
-        """x: float [B, C, ...]. In training mode the statistics are those of all ranks' x together."""
-        if x.device.type != "cpu" or not self.training or not is_distributed():
+        """x: float [B, C, H, W]. In training mode the statistics are those of all ranks' x together."""
+        if not self.training or not is_distributed():
             return super().forward(x)
-        dims = [dim for dim in range(x.dim()) if dim != 1]
-        shape = [-1 if dim == 1 else 1 for dim in range(x.dim())]
+        if x.device.type != "cpu":
+            return nn.SyncBatchNorm.forward(self, x)
+        dims, shape = (0, 2, 3), (-1, 1, 1)
         values = x.float()
         count = values.new_tensor([values.numel() / values.shape[1]])
         total, count = SumOverRanks.apply(torch.cat([values.sum(dims), count])).split([self.num_features, 1])
@@ -410,6 +410,15 @@ class SumOverRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return SumOverRanks.forward(ctx, gradient)
+
+
+NORM_KINDS = (
+    (FrozenBatchNorm2d, "frozen"),
+    (SyncBatchNorm, "sync"),
+    (nn.BatchNorm2d, "batch"),
+    (nn.GroupNorm, "group"),
+    (nn.LayerNorm, "layer"),
+)
 
 
 def set_norm_eps(module, eps):

@@ -344,8 +344,8 @@ def test_group_norm_divides_any_number_of_channels_as_evenly_as_it_can():
 def test_synchronised_norm_reaches_the_heads():
     model, _ = models.build_model("maskrcnn_resnet50_fpn_v2", 3, norm="sync")
     live = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    assert live and all(isinstance(m, nn.SyncBatchNorm) for m in live)
-    assert any(isinstance(m, nn.SyncBatchNorm) for m in model.roi_heads.modules())
+    assert live and all(isinstance(m, models.SyncBatchNorm) for m in live)
+    assert any(isinstance(m, models.SyncBatchNorm) for m in model.roi_heads.modules())
 
 
 def sync_norm_on_rank(rank, folder):
