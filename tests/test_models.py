@@ -179,6 +179,25 @@ def test_each_number_of_trainable_stages_freezes_what_torchvision_does(name, bod
 
 
 @pytest.mark.parametrize(
+    ("name", "num_stages", "trainable"),
+    [
+        ("ssd300_vgg16", 5, 4),
+        ("ssdlite320_mobilenet_v3_large", 6, 6),
+        ("fasterrcnn_mobilenet_v3_large_320_fpn", 6, 3),
+        ("maskrcnn_resnet50_fpn", 5, 3),
+        ("retinanet_resnet50_fpn_v2", 5, 3),
+    ],
+)
+def test_a_pretrained_backbone_trains_torchvisions_default_of_stages(name, num_stages, trainable):
+    model, _ = models.build_model(name, 4, weights_backbone="read elsewhere", state={})
+    frozen = [
+        all(not p.requires_grad for module in stage for p in module.parameters())
+        for stage in models.stages_of(model.backbone)
+    ]
+    assert frozen == [True] * (num_stages - trainable) + [False] * trainable
+
+
+@pytest.mark.parametrize(
     ("backbone", "first_of_stage"),
     [
         ("mobilenet_v3_small", ["0", "1", "2", "4", "9", "12"]),
@@ -228,6 +247,44 @@ def test_stages_are_frozen_from_the_first_on(trainable):
 def test_what_cannot_be_built_is_refused(options, message):
     with pytest.raises(UserError, match=message):
         models.build_model(options.pop("name", "fasterrcnn_resnet50_fpn"), 3, **options)
+
+
+# --- a classifier's weights -------------------------------------------------------------------------------
+
+
+def last_map(name, classifier, x):
+    """A classifier's features before it pools them, [B, C, H, W]."""
+    if name.startswith("resnet"):
+        return nn.Sequential(*list(classifier.children())[:-2])(x)
+    if name.startswith("regnet"):
+        return classifier.trunk_output(classifier.stem(x))
+    x = classifier.features(x)
+    return x.permute(0, 3, 1, 2) if name.startswith("swin") else x
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18", "regnet_y_400mf", "densenet121", "vgg11_bn", "mobilenet_v2", "efficientnet_b0", "convnext_tiny",
+        "swin_t",
+    ],
+)  # fmt: skip
+def test_a_classifiers_weights_give_its_features(tmp_path, name):
+    torch.manual_seed(2)
+    classifier = get_model(name).eval()
+    for key, value in classifier.state_dict().items():
+        if key.endswith(("running_mean", "running_var")):
+            value.uniform_(0.5, 1.5)
+    torch.save(classifier.state_dict(), tmp_path / "w.pth")
+    model, report = models.build_model(
+        "fasterrcnn_resnet50_fpn", 3, backbone=name, weights_backbone=tmp_path / "w.pth"
+    )
+    assert not report.missing and not report.reinitialised
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        *_, ours = model.eval().backbone.body(x).values()
+        theirs = last_map(name, classifier, x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
 
 
 # --- SSDlite's two tails ---------------------------------------------------------------------------------
