@@ -9,7 +9,7 @@ python3 benchmark.py accuracy --against torchvision --json FILE                 
 
 Every arm is a process of its own. Where time is measured they work one after another, a short turn each, round after
 round, so that what else the machine does hits all alike; compare within a run, never across. --use-fake-data needs no
-data set, and accuracy without --data-path takes the built-in shapes.
+data set. accuracy without --data-path takes the built-in shapes; with the --json of an interrupted one it goes on.
 """
 
 import argparse
