@@ -214,7 +214,7 @@ def test_columns_score_as_the_records_they_hold(tmp_path):
     path = write(tmp_path, truth)
     sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
     stray = {**records[0], "category_id": 7}
-    columns = coco_results.group_records([*records, stray], sizes, ["bbox", "segm"])
+    columns = coco_results.group_records([stray, *records], sizes, ["bbox", "segm"])
     for evaluator in EVALUATORS:
         with pytest.warns(UserWarning, match=r"1 results of categories .* \(ids 7\)"):
             by_columns = coco_eval.score_results(path, columns[::-1], ["bbox", "segm"], evaluator)

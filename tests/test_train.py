@@ -192,6 +192,7 @@ def test_evaluation_beside_training_gives_the_numbers_of_evaluation_between(
     assert not list(output.glob(".*.pth"))  # the snapshot is gone
 
 
+@pytest.mark.slow
 def test_evaluations_leave_the_random_stream_of_training_alone(finished, data, tmp_path):
     """Without any evaluation the weights are the same."""
     assert run(data, tmp_path, "--epochs", 2, "--ema-decay", 0.5, "--mode", "train") == 0
