@@ -5,6 +5,7 @@ of steps, because watching changes what is watched: plain steps for the total an
 torch.profiler for the trace, and steps that wait for the device after each part for the breakdown.
 """
 
+import os
 import time
 from pathlib import Path
 
@@ -86,6 +87,7 @@ class StepProfiler:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it complains about the GPU that is not there
         self.profile = torch.profiler.profile(activities=activities)
         self.profile.start()
 
