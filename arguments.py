@@ -226,9 +226,11 @@ def parse_args(description, argv=None):
             else "shapes"
         )
     if args.dataset == "shapes":
-        dataset = args.dataset
+        given = args
         args = parser.parse_args([f"@{SHAPES_RECIPE}", *argv])
-        args.dataset = dataset
+        args.dataset = given.dataset
+        if "resnet50" not in args.model:  # the recipe's small backbone is for the builders of a ResNet-50
+            args.backbone = given.backbone
     check_args(parser, args)
     return args
 

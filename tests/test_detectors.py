@@ -16,6 +16,7 @@ from torchvision.models import detection, get_model
 from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+import arguments
 import models
 import shapes
 import train
@@ -100,9 +101,20 @@ def run_ten_steps(data, output, name, *more):
 def test_ten_steps_of_every_detector(data, tmp_path, name):
     small = ["--batch-size=1"] if name == "ssd300_vgg16" else []
     state = run_ten_steps(data, tmp_path, name, *small)
-    keypoints = {"num_keypoints": len(shapes.KEYPOINTS)} if name.startswith("keypoint") else {}
-    stock = get_model(name, weights=None, weights_backbone=None, num_classes=NUM_CLASSES, **keypoints)
+    size = {"num_classes": NUM_CLASSES}
+    if name.startswith("keypoint"):  # one class has keypoints
+        size = {"num_classes": 2, "num_keypoints": len(shapes.KEYPOINTS)}
+    stock = get_model(name, weights=None, weights_backbone=None, **size)
     stock.load_state_dict(state, strict=True)
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_the_recipe_of_the_built_in_data_suits_every_detector(name):
+    """Its small backbone takes the place of a ResNet-50, and of nothing else."""
+    args = arguments.parse_args("", ["--model", name])
+    assert args.backbone == ("resnet18" if "resnet50" in name else None)
+    args = arguments.parse_args("", ["--model", name, "--backbone", "resnet34"])
+    assert args.backbone == "resnet34"
 
 
 def resnet_pyramid(name):
