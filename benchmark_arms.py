@@ -169,6 +169,10 @@ class Trainer:
     # Subclasses: build() makes self.model and self.optimizer; open_loader(workers) -> Loader; steps(feed) trains and
     # gives the losses of each step; timed(mark) is a context in which the backward pass ends with mark("backward").
 
+    def rewind(self):
+        """Let the next step see the first batch: arms that took unequal numbers of steps meet again."""
+        self.source.rewind()
+
     def turn(self, steps):
         """Run some steps. {"seconds" and "images" of a step}."""
         synchronize(self.device)
@@ -185,7 +189,7 @@ class Trainer:
     def breakdown(self, steps):
         """{"seconds": {part of a step: seconds}, "padded_pixels", "positives" (an image)}, over steps run slower."""
         timer = StepTimer(self.device)
-        self.source.rewind()  # to count the same batches in every arm
+        self.rewind()  # to count the same batches in every arm
         with Probe(self.model, timer.mark) as probe, self.timed(timer.mark):
             self.steps(Feed(self.source.take(steps), steps, timer.mark))
         return {"seconds": {name: s / steps for name, s in timer.seconds.items()}, **probe.counts()}

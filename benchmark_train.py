@@ -50,6 +50,7 @@ def run_train(args, report, folder):
         arms.ask_all("turn", steps=args.warmup)
         products = {name: arms.ask(name, "products") for name in ("ours", "ours-fp32")}
         products = {name: found for name, found in products.items() if found}
+        arms.ask_all("rewind")  # only ours took a step to find its products
         turns = {name: ("turn", {"steps": args.steps}) for name in arms.running}
         if products:
             chosen = {name: largest(found, TIMED_PRODUCTS) for name, found in products.items()}

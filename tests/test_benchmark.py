@@ -551,6 +551,8 @@ def test_a_real_loader_feeds_whole_turns(workload):
     ours = benchmark_arms.OurTrainer("ours-fp32", work)
     images = [target["image_id"] for _, targets in ours.source.take(2) for target in targets]
     assert images == [ours.dataset.image_ids[index] for batch in keys[:2] for _, index in batch]
+    ours.rewind()
+    assert images == [target["image_id"] for _, targets in ours.source.take(2) for target in targets]
 
 
 def test_evaluation_finds_as_much_as_a_trained_model(workload):
