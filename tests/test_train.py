@@ -21,12 +21,20 @@ ROOT = Path(__file__).parents[1]
 COCO128 = ROOT.parent / "shared" / "data" / "coco128"
 SMALL = [
     "--dataset=coco", "--device=cpu", "--backbone=resnet18", "--min-size=96", "--max-size=128", "--rois-per-image=16",
-    "--batch-size=2", "--workers=0", "--lr=0.005", "--warmup-steps=0", "--print-freq=1",
+    "--detections-per-image=20", "--batch-size=2", "--workers=0", "--lr=0.005", "--warmup-steps=0", "--print-freq=1",
 ]  # fmt: skip
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--nproc-per-node", "2"],
     "launch": ["torch.distributed.launch", "--nproc_per_node=2", "--use_env"],
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Images this small gain nothing from a second thread, and lose much where other processes want its core."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.utils, "available_cpus", lambda: 1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +69,11 @@ def run_elsewhere(module, data, output, *flags, **options):
         check=False,
         **options,
     )
+
+
+def on_one_core():
+    """Another number of threads than in this process would round differently."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
 def records(output):
@@ -275,7 +288,11 @@ def test_sigterm_saves_and_a_resume_goes_on(data, tmp_path):
     ]
     constant = ["--lr-steps", "1000", "--mode", "train"]  # one learning rate, whatever the length of the run
     process = subprocess.Popen(
-        [*command, "--epochs", "30", *constant], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, "--epochs", "30", *constant],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=on_one_core,
     )
     for line in process.stdout:
         if "step 2/" in line:
@@ -304,6 +321,7 @@ def test_sigterm_waits_for_the_evaluation_beside_training(data, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=on_one_core,
     )
     for line in process.stdout:
         if "step 5/" in line:
