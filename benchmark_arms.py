@@ -167,7 +167,11 @@ class Trainer:
         return image, target
 
     # Subclasses: build() makes self.model and self.optimizer; open_loader(workers) -> Loader; steps(feed) trains and
-    # gives the losses of each step; timed(mark) is a context in which the backward pass ends with mark("backward").
+    # gives the losses of each step.
+
+    def timed(self, mark):
+        """A context in which the backward pass ends with mark("backward"), for loops that do not tell feed.mark."""
+        return contextlib.nullcontext()
 
     def rewind(self):
         """Let the next step see the first batch: arms that took unequal numbers of steps meet again."""
@@ -288,23 +292,12 @@ class OurTrainer(Trainer):
             amp_dtype=self.amp_dtype,
             print_freq=print_freq,
             on_log=records.append,
+            mark=feed.mark,
         )
         return [record["losses"] for record in records]
 
     def trace(self, steps):
         return self.steps(Feed(self.source.take(steps), steps), print_freq=1)
-
-    @contextlib.contextmanager
-    def timed(self, mark):
-        schedule = self.state.schedule
-
-        def apply(optimizer, step):  # the first thing after the backward pass
-            mark("backward")
-            return schedule.apply(optimizer, step)
-
-        self.state.schedule = SimpleNamespace(apply=apply)
-        yield
-        self.state.schedule = schedule
 
     def precision(self):
         return "fp32" if self.amp_dtype is None else str(self.amp_dtype).removeprefix("torch.")
@@ -532,7 +525,7 @@ class Evaluator:
         """{"seconds": {stage: seconds an image}, "padded_pixels", "positives"}; what follows the heads is pasting."""
         timer = StepTimer(self.device)
         feed = Feed(self.source.take(batches), batches)
-        with Probe(self.model, timer.mark) as probe:
+        with Probe(self.model, timer.mark) as probe, self.timed(timer.mark):
             for images, _ in feed:
                 images = [image.to(self.device) for image in images]
                 with engine.autocast(self.device, self.amp_dtype):

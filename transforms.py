@@ -282,17 +282,6 @@ class RandomIoUCrop:
                     return crop(image, select(target, inside), x0, y0, x1, y1)
 
 
-class DenseMasks:
-    """Masks as uint8 [N, H, W], for models that take full frames (torchvision's own)."""
-
-    def __call__(
-        self, image: torch.Tensor, target: Target, rng: np.random.Generator
-    ) -> tuple[torch.Tensor, Target]:
-        if "masks" in target:
-            target = {**target, "masks": target["masks"].dense()}
-        return image, target
-
-
 class SimpleCopyPaste:
     """A transform of a batch: each image gets some of its neighbour's objects, by their masks, edges blended.
 
@@ -368,15 +357,13 @@ def build_transforms(
     training: bool,
     *,
     keypoint_flip: Sequence[int] = COCO_KEYPOINT_FLIP,
-    reference_ops: bool = False,
 ) -> Compose:
-    """The transforms of a policy by name, as in torchvision's reference; outside training, none but the mask format.
+    """The transforms of a policy by name, as in torchvision's reference; outside training, none.
 
     policy: "none"; "hflip": mirror with probability 0.5, which the others do as well; "multiscale": a random shorter
         side of 480 to 800; "lsj": large-scale jitter to 1024 × 1024; "ssd": colours, zoom out and IoU crop;
         "ssdlite": IoU crop.
     keypoint_flip: see RandomHorizontalFlip; CocoDataset.keypoint_flip has the data set's own.
-    reference_ops: give masks as uint8 [N, H, W], as torchvision's own detectors take them.
     """
     policies: dict[str, list[Transform]] = {
         "none": [],
@@ -391,4 +378,4 @@ def build_transforms(
     steps = policies[policy] if training else []
     if training and policy != "none":
         steps = [*steps, RandomHorizontalFlip(0.5, keypoint_flip)]
-    return Compose(steps + [DenseMasks()] * reference_ops)
+    return Compose(steps)

@@ -98,6 +98,16 @@ def test_another_backbone_keeps_the_pyramid_of_its_builder(name, levels):
     check_step(model)
 
 
+def test_torchvisions_own_parts_get_floats_and_frames():
+    images, targets = one_batch()
+    boxes_only = [{name: target[name] for name in ("boxes", "labels", "image_id")} for target in targets]
+    floats, dense = models.torchvision_inputs(None, (images, targets))
+    for image, found, target in zip(images, floats, dense, strict=True):
+        assert torch.equal(found, image.float() / 255)
+        assert target["masks"].dtype == torch.uint8 and torch.equal(target["masks"], TARGET_MASKS)
+    assert all("masks" not in target for target in models.torchvision_inputs(None, (images, boxes_only))[1])
+
+
 def test_fast_and_reference_parts_hold_the_same_parameters():
     fast, _ = models.build_model("maskrcnn_resnet50_fpn", 4, backbone="resnet18", **SMALL)
     reference, _ = models.build_model(
