@@ -525,7 +525,7 @@ class Evaluator:
         """{"seconds": {stage: seconds an image}, "padded_pixels", "positives"}; what follows the heads is pasting."""
         timer = StepTimer(self.device)
         feed = Feed(self.source.take(batches), batches)
-        with Probe(self.model, timer.mark) as probe, self.timed(timer.mark):
+        with Probe(self.model, timer.mark) as probe:
             for images, _ in feed:
                 images = [image.to(self.device) for image in images]
                 with engine.autocast(self.device, self.amp_dtype):
