@@ -47,7 +47,7 @@ def check_images(index: CocoIndex, folder: Path) -> list[Finding]:
     """Findings on the image files: missing, outside the folder, broken, of another size, turned by EXIF."""
     if not folder.is_dir():
         return [Finding("error", "the image folder", f"{folder} does not exist", "check the path")]
-    names = [index.file_names[n].decode("utf-8", "surrogatepass") for n in range(len(index.image_ids))]
+    names = index.file_names.tolist()
     missing, escaping = (set(found) for found in image_files.find_faults(folder, names))
 
     def check_image(n: int) -> Finding | None:

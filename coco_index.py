@@ -13,37 +13,37 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import masks
-from coco_records import (
-    Columns,
-    Finding,
-    Irregular,
-    is_integer,
-    read_records,
-    read_regular_file,
-    with_integer_ids,
-)
+from coco_records import Columns, Finding, is_integer, read_records, with_integer_ids
+from coco_scan import ImageRecord, Irregular, read_regular_file
 from utils import UserError
 
 
 class Texts:
-    """An immutable list of byte strings in two arrays."""
+    """An immutable list of strings in two arrays."""
 
-    def __init__(self, texts: Sequence[bytes]) -> None:
-        self.offsets = np.zeros(len(texts) + 1, np.int64)
-        np.cumsum([len(text) for text in texts], out=self.offsets[1:])
-        self.flat = np.frombuffer(b"".join(texts), np.uint8)
+    def __init__(self, texts: Sequence[str]) -> None:
+        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+        self.offsets = np.zeros(len(encoded) + 1, np.int64)
+        np.cumsum(list(map(len, encoded)), out=self.offsets[1:])
+        self.flat = np.frombuffer(b"".join(encoded), np.uint8)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, n: int) -> bytes:
-        return self.flat[self.offsets[n] : self.offsets[n + 1]].tobytes()
+    def __getitem__(self, n: int) -> str:
+        return self.flat[self.offsets[n] : self.offsets[n + 1]].tobytes().decode("utf-8", "surrogatepass")
+
+    def tolist(self) -> list[str]:
+        """All of them, faster than one after the other."""
+        flat, offsets = self.flat.tobytes(), self.offsets.tolist()
+        return [flat[a:b].decode("utf-8", "surrogatepass") for a, b in pairwise(offsets)]
 
 
 class Segmentations:
@@ -96,7 +96,7 @@ class CocoIndex:
     keypoint_names: list[str]  # [J], of the categories that have keypoints
     image_ids: np.ndarray  # int64 [I], in the file's order
     sizes: np.ndarray  # int64 [I, 2] height, width
-    file_names: Texts  # [I], UTF-8
+    file_names: Texts  # [I]
     first: np.ndarray  # int64 [I + 1]: image i has annotations first[i] to first[i + 1]
     annotation_ids: np.ndarray  # int64 [A]
     labels: np.ndarray  # int64 [A] in 1..K
@@ -129,13 +129,21 @@ def read_index(path: str | Path) -> CocoIndex:
     """
     path = Path(path)
     try:
-        content, columns = read_regular_file(path)
-        index = _build_index(path, content, columns)
+        index = _build_index(path, *read_regular_file(path))
         if not any(finding.level == "error" for finding in index.findings):
             return index
     except (Irregular, OSError, ValueError):  # mmap raises ValueError for an empty file
         pass
-    return _build_index(path, _read_json(path), None)
+    content = _read_json(path)
+    advice = "a COCO annotation file holds the lists images, annotations and categories"
+    if not isinstance(content, dict):
+        raise BadAnnotationFile(
+            f"holds a {type(content).__name__}, not an object", f"{advice}; is this a results file?"
+        )
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content.get(key), list):
+            raise BadAnnotationFile(f"has no list {key!r}", advice)
+    return _build_index(path, content["images"], content["categories"], content["annotations"])
 
 
 def _read_json(path: Path) -> Any:
@@ -150,29 +158,33 @@ def _read_json(path: Path) -> Any:
         raise BadAnnotationFile(f"is not valid JSON ({str(error)[:80]})", "write it again") from None
 
 
-def _build_index(path: Path, content: Any, columns: Columns | None) -> CocoIndex:
-    """Everything that takes more than one record to know. columns: None to read them from the content."""
-    advice = "a COCO annotation file holds the lists images, annotations and categories"
-    if not isinstance(content, dict):
-        raise BadAnnotationFile(
-            f"holds a {type(content).__name__}, not an object", f"{advice}; is this a results file?"
-        )
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content.get(key), list):
-            raise BadAnnotationFile(f"has no list {key!r}", advice)
+def _build_index(
+    path: Path,
+    image_records: list[ImageRecord] | list[Any],
+    category_records: list[Any],
+    annotations: Columns | list[Any],
+) -> CocoIndex:
+    """Everything that takes more than one record to know, of a regular file or of what json holds.
+
+    Raises Irregular where a regular file's records have a fault that only the plain way can name.
+    """
     findings: list[Finding] = []
-    categories = _read_categories(content["categories"], findings)
+    categories = _read_categories(category_records, findings)
     keypoint_names = _common_keypoints(categories, findings)
-    images = _read_images(content["images"], findings)
-    for records, name in ((content["images"], "image"), (content["categories"], "category")):
+    num_keypoints = len(keypoint_names)
+    if isinstance(annotations, Columns):
+        images, columns = _read_faultless_images(image_records), annotations
+        if columns.keypoints.shape[1] != 3 * num_keypoints:
+            raise Irregular
+        listed_images = images.ids
+    else:
+        images, columns = _read_images(image_records, findings), read_records(annotations, num_keypoints)
+        listed_images = _ids(image_records)
+    for records, name in ((image_records, "image"), (category_records, "category")):
         if not records:
             findings.append(
                 Finding("error", "the file", f"has no {name} at all", f"it needs at least one {name}")
             )
-    if columns is None:
-        columns = read_records(content["annotations"], len(keypoint_names))
-    elif columns.keypoints.shape[1] not in (0, 3 * len(keypoint_names)):
-        raise Irregular
     category_ids = np.array([category["id"] for category in categories], np.int64)
     for ids, name in ((images.ids, "image"), (category_ids, "category"), (columns.ids, "annotation")):
         values, counts = np.unique(ids, return_counts=True)
@@ -180,9 +192,9 @@ def _build_index(path: Path, content: Any, columns: Columns | None) -> CocoIndex
             action = f"give every {name} an id of its own"
             findings.append(Finding("error", f"{name} {value}", f"occurs {count} times", action))
     findings += columns.findings
-    image_of, boxes, keep = _resolve(columns, images, category_ids, findings, content)
+    listed = listed_images, _ids(category_records)
+    image_of, boxes, keep = _resolve(columns, images, category_ids, findings, *listed)
     order = keep[np.argsort(image_of[keep], kind="stable")]
-    num_keypoints = len(keypoint_names)
     return CocoIndex(
         path=path,
         category_ids=category_ids,
@@ -190,16 +202,14 @@ def _build_index(path: Path, content: Any, columns: Columns | None) -> CocoIndex
         keypoint_names=keypoint_names,
         image_ids=images.ids,
         sizes=images.sizes,
-        file_names=Texts([name.encode("utf-8", "surrogatepass") for name in images.file_names]),
+        file_names=Texts(images.file_names),
         first=np.searchsorted(image_of[order], np.arange(len(images.ids) + 1)),
         annotation_ids=columns.ids[order],
         labels=np.searchsorted(category_ids, columns.category_ids[order]) + 1,
         boxes=boxes[order],
         crowd=columns.crowd[order],
         segmentations=Segmentations(path, columns.places[order], columns.lengths[order], columns.texts),
-        keypoints=columns.keypoints[order].reshape(-1, num_keypoints, 3)
-        if columns.keypoints.shape[1]
-        else np.zeros((len(order), num_keypoints, 3), np.float32),
+        keypoints=columns.keypoints[order].reshape(len(order), num_keypoints, 3),
         findings=findings,
     )
 
@@ -209,9 +219,13 @@ def _resolve(
     images: _Images,
     category_ids: np.ndarray,
     findings: list[Finding],
-    content: dict[str, Any],
+    listed_images: np.ndarray | list[int],
+    listed_categories: list[int],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(image of each record or -1, boxes xyxy clipped to it, records to keep); adds the findings."""
+    """(image of each record or -1, boxes xyxy clipped to it, records to keep); adds the findings.
+
+    listed_images, listed_categories: the ids of all records, with those that are in error.
+    """
     image_of = _find(images.ids, columns.image_ids)
     listed = image_of >= 0
     known = _find(category_ids, columns.category_ids) >= 0
@@ -228,9 +242,9 @@ def _resolve(
     # What belongs to an image or category that is itself in error is not reported over again.
     orphan, nameless = ~listed, ~known
     if orphan.any():
-        orphan &= ~np.isin(columns.image_ids, _ids(content["images"]))
+        orphan &= ~np.isin(columns.image_ids, listed_images)
     if nameless.any():
-        nameless &= ~np.isin(columns.category_ids, _ids(content["categories"]))
+        nameless &= ~np.isin(columns.category_ids, listed_categories)
 
     def report(which: np.ndarray, level: str, what: str, action: str, kind: str = "") -> None:
         for n in np.flatnonzero(which).tolist():
@@ -318,33 +332,25 @@ class _Images(NamedTuple):
     file_names: list[str]  # [I]
 
 
-def _read_images(records: list[Any], findings: list[Finding]) -> _Images:
-    """The usable images, in the file's order."""
-    return _read_faultless_images(records) or _read_images_one_by_one(records, findings)
-
-
-def _read_faultless_images(records: list[Any]) -> _Images | None:
-    """All images at once, which takes a fifth of the time; None if one may be at fault."""
-    try:
-        keys = ("id", "height", "width", "file_name")
-        ids, heights, widths, names = ([record[key] for record in records] for key in keys)
-        numbers = np.array([ids, heights, widths], np.int64)
-        listing = "\n".join(["", *names, ""])
-    except (KeyError, TypeError, IndexError, OverflowError, ValueError):
-        return None
-    if set(map(type, ids)) | set(map(type, heights)) | set(map(type, widths)) != {int}:
-        return None
-    sizes = numbers[1:].T.copy()
-    if sizes.min() < 1 or sizes.prod(axis=1, dtype=np.float64).max() > masks.MAX_PIXELS:
-        return None
+def _read_faultless_images(records: list[ImageRecord]) -> _Images:
+    """All images at once, in the file's order. Raises Irregular if one may be at fault."""
+    names = [record.file_name for record in records]
+    listing = "\n".join(["", *names, ""])
     suspicious = ("..", ":", "\\", "\0", "\n\n", "\n/")
     if listing.count("\n") != len(names) + 1 or any(text in listing for text in suspicious):
-        return None
-    return _Images(numbers[0], sizes, names)
+        raise Irregular
+    try:
+        ids = np.array([record.id for record in records], np.int64)
+        sizes = np.array([(record.height, record.width) for record in records], np.int64).reshape(-1, 2)
+    except OverflowError:
+        raise Irregular from None
+    if (sizes < 1).any() or sizes.prod(axis=1, dtype=np.float64).max(initial=0) > masks.MAX_PIXELS:
+        raise Irregular
+    return _Images(ids, sizes, names)
 
 
-def _read_images_one_by_one(records: list[Any], findings: list[Finding]) -> _Images:
-    """The images without an error; findings for the others."""
+def _read_images(records: list[Any], findings: list[Finding]) -> _Images:
+    """The images without an error, in the file's order; findings for the others."""
     ids, sizes, names = [], [], []
     for record in with_integer_ids(records, "image", findings):
         subject = f"image {record['id']}"

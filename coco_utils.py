@@ -182,7 +182,7 @@ class CocoDataset(torch.utils.data.Dataset):
         )
 
     def _path(self, place: int) -> Path:
-        return self.image_folder / self.index.file_names[place].decode("utf-8", "surrogatepass")
+        return self.image_folder / self.index.file_names[place]
 
     def _target(self, place: int) -> Target:
         index = self.index
@@ -207,7 +207,8 @@ class CocoDataset(torch.utils.data.Dataset):
         """
         if not self.image_folder.is_dir():
             raise UserError(f"{self.image_folder}: no such folder of images; check the path")
-        names = [self.index.file_names[place].decode("utf-8", "surrogatepass") for place in self._images]
+        names = self.index.file_names.tolist()
+        names = [names[place] for place in self._images.tolist()]
         missing, escaping = image_files.find_faults(self.image_folder, names)
         for found, what, remedy in (
             (escaping, "lie outside the folder by a link", "copy them into it"),

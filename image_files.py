@@ -102,19 +102,20 @@ def find_faults(folder: str | Path, file_names: Sequence[str]) -> tuple[list[str
             continue
         try:
             with os.scandir(place) as entries:
-                is_link = {entry.name: entry.is_symlink() for entry in entries if entry.is_file()}
+                plain = {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
         except OSError:
-            is_link = {}
+            plain = set()
         for name in names:
-            base = os.path.basename(name)
-            if base not in is_link:
-                broken_or_missing = os.path.join(place, base)
-                missing.add(name)
-                if os.path.islink(broken_or_missing) and not _is_inside(root, broken_or_missing):
-                    escaping.add(name)
-            elif is_link[base] and not _is_inside(root, os.path.join(place, base)):
+            if name.rpartition("/")[2] in plain:
+                continue
+            path = os.path.join(root, name)
+            if os.path.islink(path) and not _is_inside(root, path):
                 escaping.add(name)
-    return [n for n in file_names if n in missing - escaping], [n for n in file_names if n in escaping]
+            elif not os.path.isfile(path):
+                missing.add(name)
+    if not missing and not escaping:
+        return [], []
+    return [n for n in file_names if n in missing], [n for n in file_names if n in escaping]
 
 
 def _is_inside(root: str, path: str) -> bool:

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-import coco_records
-from coco_records import Irregular, read_records, read_regular_file
+import coco_scan
+from coco_records import read_records
+from coco_scan import Irregular, read_regular_file
 
 
 def random_annotation(rng, annotation_id, keypoints=0):
@@ -41,8 +42,13 @@ def random_file(rng, num_annotations=12, keypoints=0, shuffle_keys=False):
     if shuffle_keys:
         keys = rng.permutation(list(annotations[0])).tolist()
         annotations = [{key: annotation[key] for key in keys} for annotation in annotations]
-    parts = {"info": {"year": 2017}, "images": [{"id": 1, "file_name": "a.jpg"}], "annotations": annotations}
-    parts["categories"] = [{"id": 3, "name": "[cat}]"}]
+    parts = {
+        "info": {"year": 2017},
+        "images": [{"id": 1, "file_name": "a.jpg", "width": 3, "height": 2}],
+        "annotations": annotations,
+    }
+    category = {"id": 3, "name": "[cat}]"}
+    parts["categories"] = [category | {"keypoints": [*"abcdefgh"[:keypoints]]} if keypoints else category]
     return {key: parts[key] for key in rng.permutation(list(parts)).tolist()}
 
 
@@ -65,6 +71,13 @@ def assert_same(columns, expected, text):
     assert columns.findings == expected.findings
 
 
+def assert_others_same(file, content):
+    assert file.categories == content["categories"]
+    for image, expected in zip(file.images, content["images"], strict=True):
+        found = {"id": image.id, "file_name": image.file_name, "width": image.width, "height": image.height}
+        assert found == {key: expected[key] for key in found}
+
+
 def read_plainly(text, num_keypoints):
     content = json.loads(text)
     return content, read_records(content["annotations"], num_keypoints)
@@ -76,29 +89,28 @@ def test_the_fast_way_reads_what_the_plain_way_reads(tmp_path, separators, keypo
     rng = np.random.default_rng(1)
     path = tmp_path / "a.json"
     for trial in range(20):
-        monkeypatch.setattr(coco_records, "CHUNK_BYTES", int(rng.integers(100, 5000)))
+        monkeypatch.setattr(coco_scan, "CHUNK_BYTES", int(rng.integers(100, 5000)))
         content = random_file(rng, keypoints=keypoints, shuffle_keys=trial % 2 == 0)
         text = json.dumps(content, separators=separators).encode()
         path.write_bytes(text)
-        rest, columns = read_regular_file(path)
-        assert_same(columns, read_records(content["annotations"], keypoints), text)
-        assert rest["annotations"] == [] and rest["categories"] == content["categories"]
-        assert rest["images"] == content["images"]
+        file = read_regular_file(path)
+        assert_same(file.annotations, read_records(content["annotations"], keypoints), text)
+        assert_others_same(file, content)
 
 
 def test_several_processes_read_what_one_reads(tmp_path, monkeypatch):
     text = json.dumps(random_file(np.random.default_rng(2), num_annotations=200)).encode()
     path = tmp_path / "a.json"
     path.write_bytes(text)
-    monkeypatch.setattr(coco_records, "_num_processes", lambda num_bytes: 3)
-    _, columns = read_regular_file(path)
+    monkeypatch.setattr(coco_scan, "_num_processes", lambda num_bytes: 3)
+    columns = read_regular_file(path).annotations
     assert_same(columns, read_plainly(text, 0)[1], text)
 
 
 def test_a_damaged_file_is_declined_or_read_alike(tmp_path, monkeypatch):
     """Change a few bytes of a regular file anywhere: never another answer, never a crash."""
     rng = np.random.default_rng(3)
-    monkeypatch.setattr(coco_records, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(coco_scan, "CHUNK_BYTES", 500)
     path = tmp_path / "a.json"
     read = declined = 0
     for trial in range(600):
@@ -111,17 +123,15 @@ def test_a_damaged_file_is_declined_or_read_alike(tmp_path, monkeypatch):
             text[at : at + int(rng.integers(0, 3))] = new
         path.write_bytes(text)
         try:
-            rest, columns = read_regular_file(path)
+            file = read_regular_file(path)
         except Irregular:
             declined += 1
             continue
         read += 1
         content, expected = read_plainly(bytes(text), 0)
         assert not any(finding.level == "error" for finding in expected.findings)
-        assert_same(columns, expected, bytes(text))
-        assert {key: content[key] for key in rest} | {"annotations": []} == rest | {
-            key: content[key] for key in rest if key not in ("annotations",)
-        }
+        assert_same(file.annotations, expected, bytes(text))
+        assert_others_same(file, content)
     assert read > 20 and declined > 20
 
 
@@ -141,7 +151,7 @@ def test_unusual_polygons_are_read_one_by_one(tmp_path, polygon):
     text = text.replace("[[1, 2, 3, 4, 5, 6]]", f"[[{polygon}]]", 1).encode()
     path = tmp_path / "a.json"
     path.write_bytes(text)
-    _, columns = read_regular_file(path)
+    columns = read_regular_file(path).annotations
     assert_same(columns, read_plainly(text, 0)[1], text)
 
 
@@ -187,7 +197,7 @@ def test_a_float_is_no_id(tmp_path):
         content = {"images": [], "annotations": [annotation, annotation | wrong], "categories": []}
         path.write_text(json.dumps(content))
         if wrong == {"id": 2**53}:  # right, but beyond what a double tells apart: read in the plain way
-            assert read_regular_file(path)[1].ids.tolist() == [7, 2**53]
+            assert read_regular_file(path).annotations.ids.tolist() == [7, 2**53]
             continue
         with pytest.raises(Irregular):
             read_regular_file(path)
