@@ -21,7 +21,7 @@ from pathlib import Path
 import arguments
 import benchmark_fake_data
 import utils
-from benchmark_accuracy import run_accuracy
+from benchmark_accuracy import ACCURACY_ARMS, run_accuracy
 from benchmark_data import run_data
 from benchmark_eval import run_eval
 from benchmark_gpu import run_gpu
@@ -125,6 +125,9 @@ def parse_args(argv=None):
     accuracy = commands.add_parser("accuracy", parents=[every], help="the AP that whole trainings reach")
     accuracy.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run of each arm for each (default: 0 1 2)"
+    )
+    accuracy.add_argument(
+        "--arms", help=f"exactly these, comma-separated, instead: {', '.join(ACCURACY_ARMS)}"
     )
     accuracy.add_argument("--total-steps", type=int, default=720, help="of each run (default: 720)")
     accuracy.add_argument(

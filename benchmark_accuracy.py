@@ -1,8 +1,8 @@
 """`benchmark.py accuracy`: the AP that this trainer and torchvision's plain loop reach in the same steps, over seeds.
 
-Arms: "ours" is train.py with a recipe; "ours-reference-ops" is the same with torchvision's own modules, in fp32;
-"torchvision" is torchvision's model and loop with the recipe's hyperparameters, in fp32. A run starts from random
-weights in a process of its own and leaves COCO results; pycocotools scores the results of all.
+Arms: "ours" is train.py with a recipe; "ours-fp32" the same without --amp; "ours-reference-ops" that with torchvision's
+own modules; "torchvision" is torchvision's model and loop with the recipe's hyperparameters, in fp32. A run starts from
+random weights in a process of its own and leaves COCO results; pycocotools scores the results of all.
 """
 
 import functools
@@ -32,6 +32,7 @@ from group_by_aspect_ratio import create_aspect_ratio_groups
 from utils import UserError
 
 TRAIN_SCRIPT = Path(__file__).with_name("train.py")
+ACCURACY_ARMS = ("ours", "ours-fp32", "ours-reference-ops", "torchvision")
 RESULTS = "detections.json"  # as train.py names them
 # What a recipe must leave as it is for torchvision's plain loop to follow it.
 PLAIN_SETTINGS = {
@@ -224,9 +225,20 @@ def run_once(args, truth, arm, seed, flags, folder):
 # --- the comparison ---------------------------------------------------------------------------------------
 
 
+def accuracy_arms(args):
+    """The arms of --arms, or ours, ours with torchvision's modules, and the opponent."""
+    if not args.arms:
+        return ["ours", "ours-reference-ops", *opponents(args, ("torchvision",))]
+    names = args.arms.split(",")
+    for name in names:
+        if name not in ACCURACY_ARMS:
+            raise UserError(f"--arms {name}: choose from {', '.join(ACCURACY_ARMS)}")
+    return names
+
+
 def run_accuracy(args, report, folder):
     """Train every arm with every seed, and compare what they reach. Runs that --json's file has are not done again."""
-    names = ["ours", "ours-reference-ops", *opponents(args, ("torchvision",))]
+    names = accuracy_arms(args)
     root = Path(args.data_path) if args.data_path else shapes.write_shapes(shapes.default_root())
     if "torchvision" in names:
         check_plain(arguments.parse_args(__doc__, run_flags(args, root, "torchvision", seed=0)))
@@ -291,24 +303,27 @@ def accuracy_table(report, title, runs):
     report.table(title, ["arm", "AP", *(f"seed {seed}" for seed in seeds), "mean", "max − min", "sd"], rows)
 
 
-def compare(ours, theirs):
+def compare(first, other):
     """(difference of the means, the larger max − min of the two, whether the one is within the other)."""
-    difference = statistics.fmean(ours) - statistics.fmean(theirs)
-    spread = max(max(values) - min(values) for values in (ours, theirs))
+    difference = statistics.fmean(first) - statistics.fmean(other)
+    spread = max(max(values) - min(values) for values in (first, other))
     return difference, spread, abs(difference) <= spread
 
 
 def verdict_table(report, runs):
-    """Ours less each other arm, against the spread of the seeds."""
+    """The first arm less each other one, against the spread of the seeds; its standard error takes the two apart."""
     rows = []
     for kind, name in kinds(runs[0]):
         values = by_arm(runs, kind)
-        ours = values.pop("ours")
-        for arm, theirs in values.items():
-            difference, spread, is_within = compare(ours, theirs)
-            verdict = f"{'within' if is_within else 'beyond'} the seeds' spread"
-            if len(ours) == 1:
+        arm, first = next(iter(values.items()))
+        for other, theirs in list(values.items())[1:]:
+            difference, spread, is_within = compare(first, theirs)
+            verdict, error = f"{'within' if is_within else 'beyond'} the seeds' spread", None
+            if min(len(first), len(theirs)) == 1:
                 verdict = "one seed has no spread"
-            rows.append([f"ours − {arm}", name, f"{difference:+.4f}", f"{spread:.4f}", verdict])
-    columns = ["arms", "AP", "difference of means", "larger max − min", "verdict"]
+            else:
+                error = sum(statistics.variance(v) / len(v) for v in (first, theirs)) ** 0.5
+                error = f"{error:.4f}"
+            rows.append([f"{arm} − {other}", name, f"{difference:+.4f}", error, f"{spread:.4f}", verdict])
+    columns = ["arms", "AP", "difference of means", "its standard error", "larger max − min", "verdict"]
     report.table("Difference of the means against the seeds' spread", columns, rows)

@@ -105,8 +105,9 @@ def find_faults(folder: str | Path, file_names: Sequence[str]) -> tuple[list[str
                 plain = {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
         except OSError:
             plain = set()
-        for name in names:
-            if name.rpartition("/")[2] in plain:
+        bases = [name.rpartition("/")[2] for name in names] if parent else names
+        for name, base in zip(names, bases, strict=True):
+            if base in plain:
                 continue
             path = os.path.join(root, name)
             if os.path.islink(path) and not _is_inside(root, path):

@@ -88,8 +88,8 @@ def test_tables_of_runs():
     benchmark_accuracy.verdict_table(report, runs)
     (verdicts,) = [rows for title, rows in report.rows.items() if title != "AP"]
     assert verdicts == [
-        ["ours − torchvision", "box", "+0.0000", "0.0400", "within the seeds' spread"],
-        ["ours − torchvision", "mask", "+0.1500", "0.1000", "beyond the seeds' spread"],
+        ["ours − torchvision", "box", "+0.0000", "0.0224", "0.0400", "within the seeds' spread"],
+        ["ours − torchvision", "mask", "+0.1500", "0.0500", "0.1000", "beyond the seeds' spread"],
     ]
     report = Tables()
     benchmark_accuracy.accuracy_table(report, "AP", runs[:2])
@@ -104,11 +104,11 @@ def test_tables_of_runs():
 def test_flags_of_the_arms(recipe):
     flags = {
         arm: run_flags(settings(recipe), "data", arm, 7)
-        for arm in ("ours", "ours-reference-ops", "torchvision")
+        for arm in ("ours", "ours-fp32", "ours-reference-ops", "torchvision")
     }
     parsed = {arm: arguments.parse_args("", own) for arm, own in flags.items()}
-    assert [args.amp for args in parsed.values()] == [True, False, False]
-    assert [args.reference_ops for args in parsed.values()] == [False, True, False]
+    assert [args.amp for args in parsed.values()] == [True, False, False, False]
+    assert [args.reference_ops for args in parsed.values()] == [False, False, True, False]
     for args in parsed.values():
         assert (args.dataset, args.data_path, args.seed, args.total_steps) == ("coco", "data", 7, 3)
         assert (args.min_size, args.lr, args.clip_grad_norm) == ([64], 0.001, 5.0)
@@ -235,6 +235,7 @@ def test_an_interrupted_comparison_goes_on(root, recipe, tmp_path, fake_runs, mo
     file = tmp_path / "accuracy.json"
     arms = ["ours", "ours-reference-ops", "torchvision"]
     flags = ["--against", "torchvision", "--total-steps", "3"]
+    chosen = ["--arms", "ours-fp32,ours-reference-ops"]
     assert compare_runs(root, recipe, file, *flags, "--seeds", "0", "1") == 0
     assert fake_runs == [(arm, seed) for seed in (0, 1) for arm in arms]
     assert len(json.loads(file.read_text())["measurements"]["runs"]) == 6
@@ -251,6 +252,13 @@ def test_an_interrupted_comparison_goes_on(root, recipe, tmp_path, fake_runs, mo
     fake_runs.clear()
     assert compare_runs(root, recipe, file, "--total-steps", "4", "--seeds", "0") == 0
     assert fake_runs == [("ours", 0), ("ours-reference-ops", 0)]
+    # Chosen arms; the first one is compared with the others.
+    fake_runs.clear()
+    assert compare_runs(root, recipe, file, *chosen, "--total-steps", "4", "--seeds", "0", "1") == 0
+    assert fake_runs == [("ours-fp32", 0), ("ours-fp32", 1), ("ours-reference-ops", 1)]
+    assert "ours-fp32 − ours-reference-ops" in capsys.readouterr().out
+    assert compare_runs(root, recipe, file, "--arms", "detectron2") == 2
+    assert "--arms detectron2: choose from ours, ours-fp32" in capsys.readouterr().err
 
     # What was found before a failure stays.
     real = benchmark_accuracy.run_once
@@ -263,7 +271,7 @@ def test_an_interrupted_comparison_goes_on(root, recipe, tmp_path, fake_runs, mo
     monkeypatch.setattr(benchmark_accuracy, "run_once", fail)
     assert compare_runs(root, recipe, file, "--total-steps", "5", "--seeds", "0") == 1
     assert "error: out of memory" in capsys.readouterr().err
-    assert len(json.loads(file.read_text())["measurements"]["runs"]) == 12
+    assert len(json.loads(file.read_text())["measurements"]["runs"]) == 15
 
 
 def test_a_file_of_something_else_is_refused(root, recipe, tmp_path, fake_runs, capsys):
