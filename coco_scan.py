@@ -1,10 +1,10 @@
 """The annotation records of a COCO json as columns, for large files: scanned in pieces, by all cores.
 
 msgspec decodes the records straight into typed objects and checks the json's grammar on the way; segmentations stay in
-the file as text, to be parsed when their image is loaded, and are checked here with array operations. COCO's 118,287
-images with 860,001 annotations so cost a twentieth of the time and of the memory of one Python object a value. What is
-not usual about a record is left to coco_records.py, which reads the piece around it one record after the other; so is
-a file of another shape, or with an error.
+the file as text, to be parsed when their image is loaded, and are checked here with array operations. A file of COCO's
+size so costs a fifth of the time, and a twentieth of the memory, of one Python object a value. What is not usual about
+a record is left to coco_records.py, which reads the piece around it one record after the other; so is a file of another
+shape, or with an error.
 
 Letters: R records, J keypoints.
 """
@@ -101,28 +101,31 @@ def read_regular_file(path: Path) -> RegularFile:
         end, others = _read_others(text, begin)
         separator = _learn_separator(text[begin : min(end, begin + OPENING_BYTES)], end - begin)
         parts = _split(text, begin, end, separator)
-    categories = _decode(others["categories"], _LIST)
+    images, categories = _decode(others["images"], _IMAGES), _decode(others["categories"], _LIST)
     common = separator, _keypoint_numbers(categories)
-    if len(parts) == 1:
-        images = _decode(others["images"], _IMAGES)
-        return RegularFile(images, categories, _read_part(path, *parts[0], *common))
+    if len(parts) > 1:
+        try:
+            return RegularFile(images, categories, _read_parts(path, parts, *common))
+        except OSError:  # no room for temporary files
+            pass
+    return RegularFile(images, categories, _read_part(path, begin, end, *common))
+
+
+def _read_parts(path: Path, parts: list[tuple[int, int]], separator: bytes, keypoint_numbers: int) -> Columns:
+    """The columns of all parts, each read by a process of its own."""
+    gathered, common = _Gathered(0), (repeat(separator), repeat(keypoint_numbers))
     with (
         tempfile.TemporaryDirectory() as folder,
         warnings.catch_warnings(),  # Python warns of forking beside threads; these children run none
     ):
         warnings.simplefilter("ignore", DeprecationWarning)
+        files = [f"{folder}/{number}" for number in range(len(parts))]
         with ProcessPoolExecutor(len(parts), multiprocessing.get_context("fork")) as pool:
-            files = [f"{folder}/{number}" for number in range(len(parts))]
-            rest = pool.map(_store_part, files, repeat(path), *zip(*parts, strict=True), *map(repeat, common))
-            images = _decode(others["images"], _IMAGES)  # beside them
-            gathered = _Gathered(0)
+            rest = pool.map(_store_part, files, repeat(path), *zip(*parts, strict=True), *common)
             for file, (texts, findings) in zip(files, rest, strict=True):
-                gathered.add(
-                    Columns(
-                        **{n: np.load(f"{file}-{n}.npy") for n in _ARRAYS}, texts=texts, findings=findings
-                    )
-                )
-    return RegularFile(images, categories, gathered.columns())
+                arrays = {name: np.load(f"{file}-{name}.npy") for name in _ARRAYS}
+                gathered.add(Columns(**arrays, texts=texts, findings=findings))
+    return gathered.columns()
 
 
 def _store_part(file: str, *part: Any) -> tuple[bytes, list[Finding]]:

@@ -131,6 +131,9 @@ def test_several_processes_read_what_one_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(coco_scan, "_num_processes", lambda num_bytes: 3)
     columns = read_regular_file(path).annotations
     assert_same(columns, read_plainly(text, 0)[1], text)
+    # Where there is no room for what they leave, one process reads it all.
+    monkeypatch.setattr(coco_scan.tempfile, "tempdir", str(tmp_path / "none"))
+    assert_same(read_regular_file(path).annotations, columns, text)
 
 
 def test_a_damaged_file_is_declined_or_read_alike(tmp_path, monkeypatch):
