@@ -159,7 +159,7 @@ class TreeMemory(threading.Thread):
             with contextlib.suppress(OSError, ValueError):
                 # Resident, not proportional, for the process itself: that costs the kernel nothing.
                 held = _field(f"/proc/{self.pid}/status", "VmRSS:")
-                for child in _descendants(self.pid):
+                for child in descendants(self.pid):
                     with contextlib.suppress(OSError):
                         held += _field(f"/proc/{child}/smaps_rollup", "Pss:")
                 self.peak_mb = max(self.peak_mb, held / 2**10)
@@ -175,9 +175,10 @@ def _field(path, name):
     return sum(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
-def _descendants(pid):
+def descendants(pid):
+    """The processes that this one has started, and theirs: their numbers. Linux."""
     found = []
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in children.read_text().split():
-            found += [int(child), *_descendants(int(child))]
+            found += [int(child), *descendants(int(child))]
     return found

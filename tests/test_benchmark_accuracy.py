@@ -1,4 +1,8 @@
 import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +13,7 @@ import arguments
 import benchmark
 import benchmark_accuracy
 import benchmark_fake_data
+import benchmark_processes
 import models
 import reference
 from benchmark_accuracy import TorchvisionRun, check_plain, compare, earlier_runs, run_flags
@@ -292,6 +297,25 @@ def test_a_failed_run_says_why(root, recipe, tmp_path, capsys):
         "error: ours: `train.py --model maskrcnn_resnet50_fpn" in error
         and "choose a smaller --batch-size" in error
     )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the run by /proc")
+def test_sigterm_ends_the_run_in_progress_too(root, recipe, tmp_path):
+    script = str(Path(benchmark.__file__))
+    flags = ["--data-path", str(root), "--recipe", str(recipe), "--device", "cpu", "--total-steps", "10000"]
+    process = subprocess.Popen([sys.executable, script, "accuracy", *flags], cwd=tmp_path)
+    try:
+        deadline, children = time.monotonic() + 120, []
+        while not children:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+            children = benchmark_processes.descendants(process.pid)
+        process.terminate()
+        assert process.wait(60) == 143
+        assert not any(Path(f"/proc/{child}").exists() for child in children)
+    finally:
+        process.kill()
 
 
 @pytest.mark.slow
