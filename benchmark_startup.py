@@ -23,10 +23,12 @@ def run_startup(args, report, folder):
         for name in rotated(names, number_of_round):
             rounds[name].append(start_once(name, work))
         report.progress(f"round {number_of_round + 1} of {args.rounds}")
-    report.keep("rounds", rounds)
+    # Once more for the memory: to look at a process's pages stops it for a while.
+    watched = {name: start_once(name, work, watch=True) for name in names}
+    report.keep("rounds", {"timed": rounds, "watched": watched})
     seconds = {name: [answer["seconds"] for answer in answers] for name, answers in rounds.items()}
-    peak = {name: max(answer["tree_mb"] for answer in answers) for name, answers in rounds.items()}
-    own = {name: peak[name] - answers[0]["imports_mb"] for name, answers in rounds.items()}
+    peak = {name: answer["tree_mb"] for name, answer in watched.items()}
+    own = {name: peak[name] - answer["imports_mb"] for name, answer in watched.items()}
     rows = [
         [
             name,
@@ -47,14 +49,14 @@ def run_startup(args, report, folder):
         watch_workers(args, report, names, {**work, "workers": args.workers})
 
 
-def start_once(name, work):
-    """One fresh process up to its first batch: StartupArm.result and "tree_mb", the peak with its helper processes."""
+def start_once(name, work, watch=False):
+    """One fresh process up to its first batch: StartupArm.result; watched, also "tree_mb", its peak with its helpers."""
     arm = Arm(name)
-    watch = TreeMemory(arm.process.pid)
+    memory = TreeMemory(arm.process.pid) if watch else None
     try:
         arm.start("startup", work)
         result = arm.ask("result")
-        return {**result, "tree_mb": max(watch.stop(), result["host_mb"])}
+        return {**result, "tree_mb": max(memory.stop(), result["host_mb"])} if watch else result
     finally:
         arm.close()
 

@@ -11,6 +11,7 @@ Letters: R records, J keypoints.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import multiprocessing
@@ -32,7 +33,7 @@ import numpy as np
 import masks
 from coco_records import Columns, Finding, check_segmentation, read_records
 
-CHUNK_BYTES = 100_000  # of text at a time: its arrays stay in the cache and in the heap
+CHUNK_BYTES = 400_000  # of text at a time: enough for array operations, and still in the cache
 OPENING_BYTES = 1_000_000  # the first record must end before; else the file is read in the plain way
 PARALLEL_BYTES = 50_000_000  # from this size on, several processes read
 MAX_PROCESSES = 8
@@ -104,10 +105,8 @@ def read_regular_file(path: Path) -> RegularFile:
     images, categories = _decode(others["images"], _IMAGES), _decode(others["categories"], _LIST)
     common = separator, _keypoint_numbers(categories)
     if len(parts) > 1:
-        try:
+        with contextlib.suppress(OSError):  # no room for temporary files
             return RegularFile(images, categories, _read_parts(path, parts, *common))
-        except OSError:  # no room for temporary files
-            pass
     return RegularFile(images, categories, _read_part(path, begin, end, *common))
 
 
