@@ -50,7 +50,7 @@ def run_startup(args, report, folder):
 
 
 def start_once(name, work, watch=False):
-    """One fresh process up to its first batch: StartupArm.result; watched, also "tree_mb", its peak with its helpers."""
+    """One fresh process up to its first batch: StartupArm.result; watched, also "tree_mb", peak with its helpers."""
     arm = Arm(name)
     memory = TreeMemory(arm.process.pid) if watch else None
     try:
