@@ -1,6 +1,8 @@
 """rcnn.py: whole models with the fast parts against stock torchvision for the same weights and sampled indices."""
 
 import copy
+import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,8 +28,12 @@ import boxes
 import models
 import roi_heads
 import rpn
+from coco_utils import CocoDataset, collate, dataset_paths
 from masks import CroppedMasks
 from rcnn import FastTransform, FoldedConv2d, fold_frozen_batch_norms, install_fast_parts
+from transforms import build_transforms
+
+COCO128 = Path(__file__).parents[2] / "shared" / "data" / "coco128"
 
 NUM_CLASSES = 4
 NUM_KEYPOINTS = 3
@@ -176,6 +182,59 @@ def assert_same_step(monkeypatch, kind, counts, gradient_tolerance=1e-4):
         torch.testing.assert_close(
             parameter.grad, theirs.grad, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not COCO128.exists(), reason=f"{COCO128} is not there")
+def test_a_training_on_real_images_equals_torchvisions_step_by_step(monkeypatch):
+    """At each step the same weights, mirrored images, polygons and samples: the same losses, gradients and norms."""
+    torch.manual_seed(0)
+    dataset = CocoDataset(
+        *dataset_paths(COCO128)["train"], build_transforms("hflip", training=True), training=True
+    )
+    stock, fast = (
+        models.build_model(
+            "maskrcnn_resnet50_fpn", num_classes=81, backbone="resnet18", rois_per_image=64, reference_ops=reference,
+            min_size=[192], max_size=256,
+        )[0].to(memory_format=torch.channels_last).train()
+        for reference in (True, False)
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(stock.parameters(), lr=1e-4)
+    samplers = {part: part.fg_bg_sampler for part in (stock.rpn, stock.roi_heads)}
+    generator, drawn = torch.Generator().manual_seed(1), {}
+
+    def draw(module, *args):
+        drawn[module] = torch.rand(args[0].shape, generator=generator)
+        return boxes.sample_balanced(*args[:4], keys=drawn[module])
+
+    for module in (rpn, roi_heads):
+        monkeypatch.setattr(module, "sample_balanced", functools.partial(draw, module))
+    for step in range(4):
+        images, targets = collate(dataset.__getitems__([(step, 2 * step), (step, 2 * step + 1)]))
+        images = as_floats(images)  # so that both resize with torch
+        fast.load_state_dict(stock.state_dict())
+        losses = fast(images, [dict(target) for target in targets])
+        counts = [len(target["boxes"]) for target in targets]
+        for part, module, objects in ((stock.rpn, rpn, [0, 0]), (stock.roi_heads, roi_heads, counts)):
+            part.fg_bg_sampler = KeyedSampler(samplers[part], drawn[module], objects)
+        expected = stock(images, [dict(target) for target in targets])
+        assert losses.keys() == expected.keys() and "loss_mask" in losses
+        for name, loss in losses.items():
+            torch.testing.assert_close(loss, expected[name], rtol=5e-5, atol=1e-6)
+        for model, own in ((fast, losses), (stock, expected)):
+            model.zero_grad()
+            sum(own.values()).backward()
+        for part in ("backbone.body", "backbone.fpn", "rpn", "roi_heads.box", "roi_heads.mask"):
+            ours, theirs = (
+                torch.cat([p.grad.flatten() for name, p in model.named_parameters() if name.startswith(part)])
+                for model in (fast, stock)
+            )
+            # A ReLU near zero that rounding flips moves a gradient by some 1e-4 of its length, here and there 1e-3.
+            assert (ours - theirs).norm() < 5e-3 * theirs.norm(), (step, part)
+        for ours, theirs in zip(fast.buffers(), stock.buffers(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        torch.nn.utils.clip_grad_norm_(stock.parameters(), 5.0)
+        optimizer.step()
 
 
 @pytest.mark.parametrize("kind", [FasterRCNN, MaskRCNN, KeypointRCNN])
