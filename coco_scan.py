@@ -324,16 +324,25 @@ def _read_chunk(text: bytes, place: int, keypoint_numbers: int, usual_structures
         rle_sizes=np.zeros((num_records, 2), np.int32),
         keypoints=_keypoints(records, keypoint_numbers),
     )
-    joined = b"|".join([record.segmentation for record in records])
+    _fill_in_segmentations(columns, [record.segmentation for record in records], text, usual_structures)
+    columns.places[columns.lengths > 0] += place
+    return columns
+
+
+def _fill_in_segmentations(
+    columns: Columns, segmentations: list[msgspec.Raw], text: bytes, usual_structures: set[bytes]
+) -> None:
+    """Places (in the text), lengths, rle_sizes and findings of the columns, from what the records of the text hold."""
+    joined = b"|".join(segmentations)
     code = np.frombuffer(joined, np.uint8)
     ends = np.append(np.flatnonzero(code == ord("|")), len(joined))
-    if len(ends) != num_records:  # a bar within a text
+    if len(ends) != len(segmentations):  # a bar within a text
         raise Irregular
     columns.lengths[:] = np.diff(ends, prepend=-1) - 1
     starts = ends - columns.lengths
     rows = np.flatnonzero(columns.lengths)
     spans = list(zip(starts[rows].tolist(), ends[rows].tolist(), strict=True))
-    columns.places[rows] = _find_segmentations(text, joined, spans) + place
+    columns.places[rows] = _find_segmentations(text, joined, spans)
     is_rle = code[starts[rows]] == ord("{")
     rles, rle_spans = rows[is_rle], [spans[n] for n in np.flatnonzero(is_rle).tolist()]
     unusual = _find_unusual(_without(joined, rle_spans), usual_structures)
@@ -343,14 +352,13 @@ def _read_chunk(text: bytes, place: int, keypoint_numbers: int, usual_structures
     else:
         columns.rle_sizes[rles] = sizes
     for row in unusual:
-        subject = f"annotation {ids[row]} (image {image_ids[row]})"
+        subject = f"annotation {columns.ids[row]} (image {columns.image_ids[row]})"
         try:
             found = json.loads(joined[starts[row] : ends[row]])
             usable, columns.rle_sizes[row] = check_segmentation(found, subject, columns.findings)
         except (ValueError, RecursionError):
             raise Irregular from None
         columns.lengths[row] *= bool(usable)
-    return columns
 
 
 def _without(text: bytes, spans: list[tuple[int, int]]) -> bytes:
