@@ -1,5 +1,6 @@
 """The fast way to read annotations gives what the plain way gives, or declines."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -272,3 +273,28 @@ def test_usual_segmentations_are_not_looked_at_one_by_one(tmp_path, monkeypatch)
     monkeypatch.setattr(coco_scan, "check_segmentation", check)
     monkeypatch.setattr(coco_scan, "_read_chunk_plainly", None)
     assert len(read_regular_file(path).annotations.ids) == 300
+
+
+def test_a_key_in_other_letters_is_not_mixed_up(tmp_path):
+    """Two records and twice the key, but both in the second one: the first spells it with an escape."""
+    usual = {"image_id": 1, "bbox": [0, 0, 1, 1], "category_id": 1, "id": 1}
+    first = usual | {"segmentation": [[1, 2, 3, 4, 5, 6]]}
+    second = usual | {
+        "attributes": {"segmentation": [[6, 5, 4, 3, 2, 1]]},
+        "segmentation": [[7, 7, 8, 8, 9, 9]],
+    }
+    text = json.dumps({"images": [], "categories": [], "annotations": [first, second]})
+    text = text.replace("segmentation", "segmentat\\u0069on", 1).encode()
+    path = tmp_path / "a.json"
+    path.write_bytes(text)
+    assert_same(read_regular_file(path).annotations, read_plainly(text, 0)[1], text)
+
+
+def test_an_rle_with_a_negative_run_is_declined(tmp_path):
+    path = tmp_path / "a.json"
+    for counts, is_right in (("5:5", True), ("5d0K", False), ([5, 20, -5], False)):  # 5, 20, -5: 20 in all
+        annotation = {"image_id": 1, "bbox": [0, 0, 1, 1], "category_id": 1, "id": 1}
+        annotation["segmentation"] = {"size": [4, 5], "counts": counts}
+        path.write_text(json.dumps({"images": [], "categories": [], "annotations": [annotation]}))
+        with contextlib.nullcontext() if is_right else pytest.raises(Irregular):
+            read_regular_file(path)
