@@ -195,6 +195,8 @@ def test_triton_kernel_in_the_interpreter():
     root = Path(__file__).parents[1]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
     run = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
+    if "only 0-dimensional arrays can be converted to Python scalars" in run.stderr:
+        pytest.skip("Triton's interpreter is older than numpy 2.4 and cannot read a loop's bounds")
     assert run.returncode == 0, run.stderr
 
 
