@@ -175,6 +175,7 @@ def test_torchvisions_model_is_the_one_that_train_py_builds():
     assert type(theirs.rpn).__module__.startswith("torchvision.")
 
 
+@pytest.mark.slow
 def test_torchvisions_arm_trains_and_detects(root, recipe, tmp_path):
     flags = run_flags(settings(recipe), root, "torchvision", 5)
     images, annotations = map(str, dataset_paths(root)["train"])
@@ -289,6 +290,7 @@ def test_a_file_of_something_else_is_refused(root, recipe, tmp_path, fake_runs, 
         assert file.read_text() == content and fake_runs == []
 
 
+@pytest.mark.slow
 def test_a_failed_run_says_why(root, recipe, tmp_path, capsys):
     recipe.write_text(RECIPE + "--batch-size 99")
     assert compare_runs(root, recipe, tmp_path / "a.json", "--total-steps", "1", "--seeds", "0") == 1

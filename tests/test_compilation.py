@@ -32,6 +32,7 @@ def step(model, *sizes):
     return {name: loss.detach() for name, loss in losses.items()}
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_every_bucket_has_been_seen():
     """Images of any size within two buckets; the graphs of each are made once, for training and for evaluation."""
     model = make("fasterrcnn_resnet50_fpn", norm="frozen")
@@ -51,6 +52,7 @@ def test_nothing_is_compiled_after_every_bucket_has_been_seen():
     assert compilation.num_graphs() == warm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "ssdlite320_mobilenet_v3_large"]
 )
