@@ -27,7 +27,7 @@ import shapes
 import train
 import utils
 from benchmark_processes import Arm, ArmError
-from benchmark_setup import opponents
+from benchmark_setup import chosen_arms, opponents
 from group_by_aspect_ratio import create_aspect_ratio_groups
 from utils import UserError
 
@@ -227,13 +227,11 @@ def run_once(args, truth, arm, seed, flags, folder):
 
 def accuracy_arms(args):
     """The arms of --arms, or ours, ours with torchvision's modules, and the opponent."""
-    if not args.arms:
-        return ["ours", "ours-reference-ops", *opponents(args, ("torchvision",))]
-    names = args.arms.split(",")
-    for name in names:
-        if name not in ACCURACY_ARMS:
-            raise UserError(f"--arms {name}: choose from {', '.join(ACCURACY_ARMS)}")
-    return names
+    return chosen_arms(args, ACCURACY_ARMS) or [
+        "ours",
+        "ours-reference-ops",
+        *opponents(args, ("torchvision",)),
+    ]
 
 
 def run_accuracy(args, report, folder):

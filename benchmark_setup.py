@@ -32,6 +32,15 @@ def write_weights(args, work, path, **settings):
     return {**work, "weights": str(path)}
 
 
+def chosen_arms(args, known):
+    """The names in --arms, [] without; UserError for one that is not known."""
+    names = args.arms.split(",") if args.arms else []
+    for name in names:
+        if name not in known:
+            raise UserError(f"--arms {name}: choose from {', '.join(known)}")
+    return names
+
+
 def opponents(args, known):
     """The names in --against that this command can measure; the others are refused."""
     wanted = [name for name in (args.against or "").split(",") if name]

@@ -8,9 +8,8 @@ import utils
 from benchmark_arms import VARIANTS
 from benchmark_processes import Arms
 from benchmark_report import between, number, ratio, spread, times
-from benchmark_setup import data_set, opponents, workload, write_weights
+from benchmark_setup import chosen_arms, data_set, opponents, workload, write_weights
 from instruments import attainable_seconds, largest, total_flops
-from utils import UserError
 
 TRAIN_ARMS = (*VARIANTS, "torchvision", "torchvision-amp", "detectron2")
 TIMED_PRODUCTS = 6  # of the forward pass, and as many of the backward pass: the dominant ones
@@ -18,11 +17,8 @@ TIMED_PRODUCTS = 6  # of the forward pass, and as many of the backward pass: the
 
 def train_arms(args):
     """The arms of `train`: those of --arms, or ours and the opponents'."""
-    if args.arms:
-        names = args.arms.split(",")
-        for name in names:
-            if name not in TRAIN_ARMS:
-                raise UserError(f"--arms {name}: choose from {', '.join(TRAIN_ARMS)}")
+    names = chosen_arms(args, TRAIN_ARMS)
+    if names:
         return names
     names = ["ours"]
     if utils.amp_dtype("auto", torch.device(args.device)) is not None:
