@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from msgspec import structs
 
 import masks
 from coco_records import Columns, Finding, is_integer, read_records, with_integer_ids
@@ -166,14 +167,17 @@ def _build_index(
 ) -> CocoIndex:
     """Everything that takes more than one record to know, of a regular file or of what json holds.
 
-    Raises Irregular where a regular file's records have a fault that only the plain way can name.
+    Raises Irregular where a regular file's keypoints do not fit its categories; the plain way says how.
     """
     findings: list[Finding] = []
     categories = _read_categories(category_records, findings)
     keypoint_names = _common_keypoints(categories, findings)
     num_keypoints = len(keypoint_names)
     if isinstance(annotations, Columns):
-        images, columns = _read_faultless_images(image_records), annotations
+        images = _read_faultless_images(image_records)
+        if images is None:
+            images = _read_images([structs.asdict(record) for record in image_records], findings)
+        columns = annotations
         if columns.keypoints.shape[1] != 3 * num_keypoints:
             raise Irregular
         listed_images = images.ids
@@ -332,20 +336,20 @@ class _Images(NamedTuple):
     file_names: list[str]  # [I]
 
 
-def _read_faultless_images(records: list[ImageRecord]) -> _Images:
-    """All images at once, in the file's order. Raises Irregular if one may be at fault."""
+def _read_faultless_images(records: list[ImageRecord]) -> _Images | None:
+    """All images at once, in the file's order; None if one may be at fault."""
     names = [record.file_name for record in records]
     listing = "\n".join(["", *names, ""])
     suspicious = ("..", ":", "\\", "\0", "\n\n", "\n/")
     if listing.count("\n") != len(names) + 1 or any(text in listing for text in suspicious):
-        raise Irregular
+        return None
     try:
         ids = np.array([record.id for record in records], np.int64)
         sizes = np.array([(record.height, record.width) for record in records], np.int64).reshape(-1, 2)
     except OverflowError:
-        raise Irregular from None
+        return None
     if (sizes < 1).any() or sizes.prod(axis=1, dtype=np.float64).max(initial=0) > masks.MAX_PIXELS:
-        raise Irregular
+        return None
     return _Images(ids, sizes, names)
 
 

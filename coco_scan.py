@@ -243,10 +243,10 @@ def _read_part(path: Path, begin: int, end: int, separator: bytes, keypoint_numb
 
 
 class _Gathered:
-    """Columns that grow without leaving holes in the heap: room for all records, of which only what is used is real."""
+    """Columns that grow without leaving holes in the heap: room for the records expected, real where it is used."""
 
-    def __init__(self, most_records: int) -> None:
-        self.most_records, self.size, self.texts_size = most_records, 0, 0
+    def __init__(self, expected_records: int) -> None:
+        self.expected_records, self.size, self.texts_size = expected_records, 0, 0
         self.arrays: dict[str, np.ndarray] = {}
         self.texts: list[bytes] = []
         self.findings: list[Finding] = []
@@ -258,7 +258,9 @@ class _Gathered:
             if isinstance(values, np.ndarray):
                 array = self.arrays.get(name)
                 if array is None or self.size > len(array):
-                    grown = np.empty((max(self.most_records, 2 * self.size), *values.shape[1:]), values.dtype)
+                    grown = np.empty(
+                        (max(self.expected_records, 2 * self.size), *values.shape[1:]), values.dtype
+                    )
                     if array is not None:
                         grown[:start] = array[:start]
                     self.arrays[name] = array = grown

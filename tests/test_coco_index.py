@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import coco_index
 import coco_scan
 from coco_index import read_index
 from coco_scan import Irregular
@@ -98,6 +99,16 @@ def test_keypoints(tmp_path):
     data["categories"][1]["keypoints"] = ["left"]
     path.write_text(json.dumps(data))
     assert "category 90 has 2 keypoints; category 0 has 1" in str(read_index(path).findings[0])
+
+
+def test_an_odd_file_name_alone_does_not_take_the_plain_way(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    data = content()
+    data["images"][0]["file_name"] = "nine..o'clock 9:00.png"
+    path.write_text(json.dumps(data))
+    monkeypatch.setattr(coco_index, "_read_json", None)
+    index = read_index(path)
+    assert index.file_names[0] == "nine..o'clock 9:00.png" and len(index.labels) > 0
 
 
 def test_a_file_that_changes_is_noticed(tmp_path):

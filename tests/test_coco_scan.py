@@ -226,7 +226,7 @@ def test_a_float_is_no_id(tmp_path):
     for wrong in ({"id": 7.0}, {"image_id": 1.5}, {"category_id": 2.0}, {"id": 2**53}, {"id": 2**70}):
         content = {"images": [], "annotations": [annotation, annotation | wrong], "categories": []}
         path.write_text(json.dumps(content))
-        if wrong == {"id": 2**53}:  # right, but beyond what a double tells apart: read in the plain way
+        if wrong == {"id": 2**53}:  # right, though a double does not tell it from its neighbour
             assert read_regular_file(path).annotations.ids.tolist() == [7, 2**53]
             continue
         with pytest.raises(Irregular):
